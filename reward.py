@@ -21,7 +21,10 @@ Takes 20 seconds on 2 CPU cores. Ground truth at 128 pixels: velocity_error 0.00
 Axes: B clips, F frames, N balls, H W pixels, P frame pairs (F - 1).
 """
 import argparse
+import json
 import math
+import os
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -179,6 +182,49 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
         result[name + "_se"] = value.std().item() / math.sqrt(len(value)) if len(value) > 1 else math.nan
     kept = ~torch.cat(collected["velocity_error"]).isnan()
     return result | {"n": int(kept.sum()), "left_out": int((~kept).sum())}
+
+
+COLUMNS = ("velocity_error", "drift_error", "radius_error", "missing", "reward")
+
+
+def add_row(path: Path, row: str, predict: Callable[[Tensor], Tensor], scenarios: list[str], splits: tuple[str, ...],
+            n: int, seed: int = 0, **options) -> None:
+    """
+    Evaluates a model on every scenario and split and adds the results to a JSON file: {row: {scenario: {split: result}}}.
+    What stands there already, measured on as many clips of the same seed, is kept: an interrupted table is continued.
+    """
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for scenario in scenarios:
+        for split in splits:
+            place = results.setdefault(row, {}).setdefault(scenario, {})
+            if place.get(split, {}).get("of") != [n, seed]:
+                place[split] = evaluate(predict, scenario, split, n, seed, **options) | {"of": [n, seed]}
+                _write(path, results)
+
+
+def drop_row(path: Path, row: str) -> None:
+    """Forgets the results of a model that has been trained anew."""
+    if path.exists():
+        results = json.loads(path.read_text())
+        results.pop(row, None)
+        _write(path, results)
+
+
+def _write(path: Path, results: dict) -> None:
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(results, indent=1))
+    os.replace(aside, path)
+
+
+def table(path: Path) -> str:
+    """The results of a JSON file as text: a block per scenario and split, a row per model, means +- standard errors."""
+    results, lines = json.loads(path.read_text()), []
+    for scenario, split in dict.fromkeys((s, p) for row in results.values() for s in row for p in row[s]):
+        rows = {name: row[scenario][split] for name, row in results.items() if split in row.get(scenario, {})}
+        n = max(result["n"] for result in rows.values())
+        lines.append(f"\n{scenario}, {split} ({n} clips)".ljust(34) + "".join(f"{c:>17s}" for c in COLUMNS))
+        lines += [f"  {name:31s}" + "".join(f"{r[c]:9.3f} +-{r[c + '_se']:6.3f}" for c in COLUMNS) for name, r in rows.items()]
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------ calibration

@@ -80,6 +80,9 @@ def levels(scenario: str) -> list[str]:
     return [name for name in splits(scenario) if name.startswith("ood-")]
 
 
+SHOWN = ("iid", "ood", "slow", "fast", "small", "large")      # the splits of the result tables
+
+
 @dataclass
 class Clips:
     """Simulated clips. Positions are float64 and exact enough to be the ground truth of every measurement."""

@@ -1,0 +1,757 @@
+"""
+Diffusion timestep tokens (DDT): a frame becomes K discrete tokens, and the tokens become a frame.
+
+Source: Phys-AR section 3.2 and appendix A.1.
+
+    frame -> VAE -> latent -> Q-former: K learned queries read the latent -> 16-d vectors -> nearest of 256 codes (EMA-VQ)
+    codes -> MMDiT: denoises a latent, the tokens as its text -> VAE decoder -> frame
+
+Trained as a rectified flow whose decoder sees a growing prefix of the tokens: x_t = t eps + (1 - t) x_0, and at time t the
+first k(t) tokens. Little noise, few tokens; pure noise (t = 1), all of them. So a token has to say what the noise of its
+time step destroyed.
+
+Differences from the paper, and choices where it is silent
+1. Time is skewed to noise: u ~ U(0, 1), t = 8u / (1 + 7u), k = ceil(u K), and 3 steps in 10 have u = 1. A disc shows
+   through the noise until t is about 0.95; with uniform t the decoder never needs the tokens and they collapse to one code.
+2. Decoding is one call at t = 1 with all tokens. Euler steps are there too (`steps=`), but as sampling goes on the prefix
+   shrinks and later calls know less than the first.
+3. Quantization starts at step `quantize_at`. Until then the decoder gets the continuous vectors: at step 0 they do not
+   depend on the picture, and a codebook filled from them is worth nothing.
+4. `tiny` trains its own small VAE (mean squared error + KL; a disc on white needs no perceptual or adversarial loss) and
+   8 queries instead of 16: as good when quantized late, and the language model trains on half the sequence.
+5. In the encoder the latent attends to itself only and the queries to both ("unified-direction").
+6. q and k are RMS-normalised before attention (as SD3 does for large pictures): bf16 stays stable.
+
+    python ddt.py                       # trains what is missing in runs/tiny: vae/, then ddt/
+    python ddt.py --steps 8000          # any field of Config is a flag
+
+Expected at `tiny` on 2 CPU cores: TODO minutes.
+
+Axes: B batch, F frames, C channels, H W pixels or latent cells, P patches, K tokens of a frame, D width, N codes.
+"""
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+import reward
+import sim
+import train
+
+# ------------------------------------------------------------------ config
+
+
+@dataclass
+class Config:
+    preset: str = "tiny"
+    out: str = ""               # run folder; empty: runs/<preset>
+    seed: int = 0
+    fresh: bool = False         # start over, ignoring checkpoints
+    save_every: int = 200       # steps between checkpoints
+    # data
+    scenario: str = "uniform"   # one of sim.SCENARIOS, or all
+    clips: int = 8000           # training clips (32 frames each) per scenario
+    size: int = 32              # pixels
+    # VAE
+    vae_width: int = 16         # channels of the first level; the others have twice as many
+    vae_levels: int = 3         # resolutions: 3 -> 4 times smaller, 4 -> 8 times
+    vae_latent: int = 4         # latent channels
+    vae_steps: int = 600
+    vae_batch: int = 64
+    vae_lr: float = 2e-3
+    # tokenizer
+    queries: int = 8            # K
+    patch: int = 2              # latent cells a side that make one vector of the transformers
+    image_width: int = 64       # encoder, latent stream
+    query_width: int = 128      # encoder, query stream
+    encoder_layers: int = 3
+    width: int = 128            # decoder
+    layers: int = 4
+    heads: int = 4
+    shift: float = 8.0          # s of t = s u / (1 + (s - 1) u)
+    pure_noise: float = 0.3     # share of steps with u = 1
+    quantize_at: int = 1200     # step
+    commitment: float = 0.25
+    # optimization
+    steps: int = 3000
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0           # gradient norm; 0: no clipping
+    eval_clips: int = 32        # per split of the table at the end
+
+
+PRESETS = {
+    "tiny": {},
+}
+EXPECTED = {"tiny": "About 8 minutes on 2 CPU cores."}
+
+# ------------------------------------------------------------------ VAE (diffusers' AutoencoderKL)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:                                       # (B, c_in, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h                                          # (B, c_out, H, W)
+
+
+class AttentionBlock(nn.Module):
+    """One head over all cells of the smallest resolution."""
+
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x: Tensor) -> Tensor:                                       # (B, C, H, W)
+        h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + rearrange(self.to_out[0](h), "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+class Resample(nn.Module):
+    """Half the resolution (strided convolution) or twice (nearest neighbour, then convolution)."""
+
+    def __init__(self, c: int, up: bool):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1))     # pads right and bottom only
+        return self.conv(x)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution (not at the last level)."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, up: bool, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        resample = nn.ModuleList([] if last else [Resample(c_out, up)])
+        self.resample_name = "upsamplers" if up else "downsamplers"
+        setattr(self, self.resample_name, resample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.resnets, *getattr(self, self.resample_name)]:
+            x = block(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)])
+        self.attentions = nn.ModuleList([AttentionBlock(c, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels: list[int], blocks: int, latent: int, groups: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        pairs = list(zip([channels[0], *channels], channels))
+        self.down_blocks = nn.ModuleList(Level(a, b, blocks, groups, up=False, last=i == len(pairs) - 1)
+                                         for i, (a, b) in enumerate(pairs))
+        self.mid_block = Middle(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:                                       # (B, 3, H, W)
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))       # (B, 2 C, h, w)  mean, log variance
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels: list[int], blocks: int, latent: int, groups: int):
+        super().__init__()
+        channels = channels[::-1]
+        self.conv_in = nn.Conv2d(latent, channels[0], 3, padding=1)
+        self.mid_block = Middle(channels[0], groups)
+        pairs = list(zip([channels[0], *channels], channels))
+        self.up_blocks = nn.ModuleList(Level(a, b, blocks + 1, groups, up=True, last=i == len(pairs) - 1)
+                                       for i, (a, b) in enumerate(pairs))
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:                                       # (B, C, h, w)
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                       # (B, 3, H, W)
+
+
+class VAE(nn.Module):
+    """
+    AutoencoderKL with diffusers' parameter names and config.json, so that SD1's and SD3's folders are the same thing.
+    `encode` returns the posterior's mean as a latent of about zero mean and unit variance: (z - shift) * scale.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+        channels, latent = list(config["block_out_channels"]), config["latent_channels"]
+        blocks, groups = config["layers_per_block"], config["norm_num_groups"]
+        self.encoder = Encoder(channels, blocks, latent, groups)
+        self.decoder = Decoder(channels, blocks, latent, groups)
+        if config.get("use_quant_conv", True):
+            self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        if config.get("use_post_quant_conv", True):
+            self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    @property
+    def shrink(self) -> int:
+        """Pixels a side per latent cell."""
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) in [-1, 1] -> mean and log variance of the posterior, each (B, C, h, w), unscaled."""
+        h = self.encoder(images)
+        h = self.quant_conv(h) if hasattr(self, "quant_conv") else h
+        mean, logvar = h.chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), shifted and scaled."""
+        return (self.moments(images)[0] - (self.config.get("shift_factor") or 0)) * self.config["scaling_factor"]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse: latents (B, C, h, w) -> images (B, 3, H, W) in about [-1, 1]."""
+        return self.reconstruct(latents / self.config["scaling_factor"] + (self.config.get("shift_factor") or 0))
+
+    def save(self, folder) -> None:
+        save_folder(folder, self.config, self, "diffusion_pytorch_model.safetensors")
+
+    @classmethod
+    def load(cls, folder) -> "VAE":
+        """A folder in diffusers' layout. Raises train.Problem for what is missing, damaged or does not fit."""
+        config, tensors = load_folder(folder, "diffusion_pytorch_model.safetensors")
+        vae = cls(config)
+        train.load_state(vae, tensors, Path(folder))
+        return vae.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------ quantizer
+
+
+class EMAVectorQuantizer(nn.Module):
+    """
+    Nearest of N codes by cosine similarity; the codes follow the vectors they are matched with (EMA, van den Oord et al.
+    2017, appendix A.1). Statistics are summed over ranks, so that the codebooks stay identical. All in fp32.
+    """
+
+    def __init__(self, width: int, codes: int = 256, dim: int = 16, decay: float = 0.99, dead_below: float = 0.2):
+        super().__init__()
+        self.decay, self.dead_below = decay, dead_below
+        self.project = nn.Linear(width, dim)
+        self.norm = nn.LayerNorm(dim)       # without it, all vectors share a large mean and fall to one code
+        self.register_buffer("codebook", F.normalize(torch.randn(codes, dim), dim=-1))   # (N, dim)
+        self.register_buffer("count", torch.ones(codes))          # EMA of the matches per update
+        self.register_buffer("sum", self.codebook.clone())        # EMA of the sum of matched vectors
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("active", torch.zeros((), dtype=torch.bool))   # False: vectors pass through unquantized
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """Encoder outputs (B, K, D) -> unit vectors (B, K, dim)."""
+        return F.normalize(self.norm(self.project(x)).float(), dim=-1)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Unit vectors (..., dim) -> index of the most similar code (...)."""
+        return (z @ self.codebook.T).argmax(-1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, K, D) -> vectors for the decoder (B, K, dim), codes (B, K), commitment loss per row (B,)."""
+        with torch.autocast(x.device.type, enabled=False):
+            z = self.vectors(x)                                               # (B, K, dim)
+            codes = self.nearest(z)                                           # (B, K)
+            if not self.active:
+                return z, codes, z.new_zeros(len(z))
+            quantized = self.codebook[codes]                                  # (B, K, dim)
+            commitment = (z - quantized).square().sum(-1).mean(-1)            # |V^_i - V_i|^2, mean over tokens
+            quantized = z + (quantized - z).detach()                          # straight-through
+            if self.training:
+                self.update(z.detach().flatten(0, 1), codes.flatten())
+            return quantized, codes, commitment
+
+    @torch.no_grad()
+    def update(self, z: Tensor, codes: Tensor) -> None:
+        """One EMA step with vectors z (n, dim) matched to codes (n,), then revival of dead codes."""
+        count = torch.bincount(codes, minlength=len(self.codebook)).float()
+        total = train.total(torch.cat([count[:, None], torch.zeros_like(self.sum).index_add_(0, codes, z)], 1))
+        self.count.lerp_(total[:, 0], 1 - self.decay)
+        self.sum.lerp_(total[:, 1:], 1 - self.decay)
+        self.codebook.copy_(F.normalize(self.sum, dim=-1))
+        share = total[:, 0].sum() / len(self.codebook)                        # matches of a code if all were equal
+        dead = self.count < self.dead_below * share
+        self.place(dead, self.random_vectors(z), share)
+        self.updates += 1
+
+    def place(self, where: Tensor, vectors: Tensor, count: Tensor) -> None:
+        """Puts codes (mask (N,)) at vectors (N, dim). Their EMA sums too, with a count above the threshold: else they die again."""
+        self.codebook[where] = vectors[where]
+        self.count[where] = count
+        self.sum[where] = vectors[where] * count
+
+    def random_vectors(self, z: Tensor) -> Tensor:
+        """N random rows of z (n, dim), drawn from all ranks' rows and the same on all ranks."""
+        sizes = torch.zeros(dist.get_world_size() if dist.is_initialized() else 1, dtype=torch.int64, device=z.device)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        sizes[rank] = len(z)
+        sizes = train.total(sizes)
+        mine = torch.randint(int(sizes.sum()), (len(self.codebook),), generator=train.generator(int(self.updates)))
+        mine = mine.to(z.device) - sizes[:rank].sum()
+        here = (mine >= 0) & (mine < len(z))
+        return train.total(torch.where(here[:, None], z[mine.clamp(0, len(z) - 1)], 0))
+
+    @torch.no_grad()
+    def fill(self, z: Tensor) -> None:
+        """Starts quantizing: codes are random encoder vectors of z (n, dim), followed by 10 k-means rounds."""
+        n = train.total(torch.tensor(float(len(z)), device=z.device))
+        self.place(torch.ones_like(self.count, dtype=torch.bool), self.random_vectors(z), n / len(self.codebook))
+        decay, self.decay = self.decay, 0.0
+        for _ in range(10):
+            self.update(z, self.nearest(z))
+        self.decay = decay
+        self.active.fill_(True)
+
+
+# ------------------------------------------------------------------ transformers
+
+
+def sincos(positions: Tensor, width: int, period: float = 10000.0) -> Tensor:
+    """Positions (...,) -> sinusoidal features (..., width)."""
+    frequency = torch.exp(-math.log(period) * torch.arange(width // 2, device=positions.device) / (width // 2))
+    angle = positions[..., None].float() * frequency
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def sincos_2d(side: int, width: int) -> Tensor:
+    """Positions of a side x side grid -> (side * side, width): half for the row, half for the column."""
+    i = torch.arange(side)
+    row, column = sincos(i, width // 2), sincos(i, width // 2)
+    return torch.cat([row[:, None].expand(-1, side, -1), column[None].expand(side, -1, -1)], -1).flatten(0, 1)
+
+
+class Stream(nn.Module):
+    """
+    One modality's half of a dual-stream block: its own norms, projections and MLP around a shared attention.
+    `condition` > 0: shifted, scaled and gated by a vector of that width (adaLN-zero). `last`: the output is not used
+    after this block's attention, so there is nothing behind it.
+    """
+
+    def __init__(self, width: int, inner: int, heads: int, condition: int = 0, last: bool = False):
+        super().__init__()
+        self.heads, self.last = heads, last
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not condition)
+        self.qkv = nn.Linear(width, 3 * inner)
+        self.modulation = nn.Linear(condition, (2 if last else 6) * width) if condition else None
+        if condition:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+        if not last:
+            self.out = nn.Linear(inner, width)
+            self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not condition)
+            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def before(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """x (B, L, D), condition (B, C) -> q, k, v stacked (3, B, heads, L, head_dim), modulation for `after`."""
+        shift, scale, *rest = (0, 0, 1, 0, 0, 1) if self.modulation is None else \
+            self.modulation(F.silu(condition))[:, None].chunk(2 if self.last else 6, -1)
+        h = self.qkv(self.norm1(x) * (1 + scale) + shift)
+        h = rearrange(h, "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
+        q, k, v = h
+        return (F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:]), v), rest
+
+    def after(self, x: Tensor, attended: Tensor, rest: list[Tensor]) -> Tensor:
+        """attended (B, heads, L, head_dim) -> x (B, L, D)."""
+        gate1, shift, scale, gate2 = rest
+        x = x + gate1 * self.out(rearrange(attended, "b heads l d -> b l (heads d)"))
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale) + shift)
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+
+
+def unpatchify(x: Tensor, p: int, side: int) -> Tensor:
+    return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=side)
+
+
+class QFormer(nn.Module):
+    """K learned queries read a latent. Two streams; the latent attends to itself, the queries to both."""
+
+    def __init__(self, channels: int, side: int, c: Config):
+        super().__init__()
+        inner = c.query_width
+        self.patch = c.patch
+        self.latent_in = nn.Linear(channels * c.patch ** 2, c.image_width)
+        self.register_buffer("position", sincos_2d(side // c.patch, c.image_width), persistent=False)
+        self.queries = nn.Parameter(torch.randn(c.queries, c.query_width))
+        self.image_blocks = nn.ModuleList(Stream(c.image_width, inner, c.heads, last=i == c.encoder_layers - 1)
+                                          for i in range(c.encoder_layers))
+        self.query_blocks = nn.ModuleList(Stream(c.query_width, inner, c.heads) for _ in range(c.encoder_layers))
+        self.norm = nn.LayerNorm(c.query_width, eps=1e-6)
+
+    def forward(self, latent: Tensor) -> Tensor:                                  # (B, C, h, w)
+        x = self.latent_in(patchify(latent, self.patch)) + self.position          # (B, P, image_width)
+        y = self.queries.expand(len(x), -1, -1)                                   # (B, K, query_width)
+        for image, query in zip(self.image_blocks, self.query_blocks):
+            (xq, xk, xv), x_rest = image.before(x, None)                          # (B, heads, P, d)
+            (yq, yk, yv), y_rest = query.before(y, None)                          # (B, heads, K, d)
+            k, v = torch.cat([xk, yk], 2), torch.cat([xv, yv], 2)                 # (B, heads, P + K, d)
+            y = query.after(y, F.scaled_dot_product_attention(yq, k, v), y_rest)
+            if not image.last:
+                x = image.after(x, F.scaled_dot_product_attention(xq, xk, xv), x_rest)
+        return self.norm(y)                                                       # (B, K, query_width)
+
+
+class MMDiT(nn.Module):
+    """SD3's denoiser: noisy latent and tokens, two streams in one attention. Predicts the clean latent x_0."""
+
+    def __init__(self, channels: int, side: int, code_dim: int, c: Config):
+        super().__init__()
+        self.patch, self.side = c.patch, side // c.patch
+        self.latent_in = nn.Linear(channels * c.patch ** 2, c.width)
+        self.token_in = nn.Linear(code_dim, c.width)
+        self.register_buffer("position", sincos_2d(self.side, c.width), persistent=False)
+        self.token_position = nn.Parameter(0.02 * torch.randn(c.queries, c.width))
+        self.time = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.image_blocks = nn.ModuleList(Stream(c.width, c.width, c.heads, c.width) for _ in range(c.layers))
+        self.token_blocks = nn.ModuleList(Stream(c.width, c.width, c.heads, c.width, last=i == c.layers - 1)
+                                          for i in range(c.layers))
+        self.norm = nn.LayerNorm(c.width, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(c.width, 2 * c.width)
+        self.latent_out = nn.Linear(c.width, channels * c.patch ** 2)
+        for layer in (self.modulation, self.latent_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, latent: Tensor, t: Tensor, tokens: Tensor, k: Tensor) -> Tensor:
+        """
+        latent (B, C, h, w), t (B,), tokens (B, K, code_dim), k (B,) tokens shown -> x_0 (B, C, h, w).
+        Tokens from k on are zeroed and masked as keys: they have exactly no influence.
+        """
+        shown = torch.arange(tokens.shape[1], device=k.device) < k[:, None]       # (B, K)
+        x = self.latent_in(patchify(latent, self.patch)) + self.position          # (B, P, D)
+        y = self.token_in(tokens * shown[..., None]) + self.token_position        # (B, K, D)
+        condition = self.time(sincos(1000 * t, 256).to(x.dtype))                  # (B, D)
+        P = x.shape[1]
+        mask = torch.cat([shown.new_ones(len(x), P), shown], 1)[:, None, None]    # (B, 1, 1, P + K)
+        for image, token in zip(self.image_blocks, self.token_blocks):
+            (xq, xk, xv), x_rest = image.before(x, condition)
+            (yq, yk, yv), y_rest = token.before(y, condition)
+            q, k, v = (torch.cat(pair, 2) for pair in ((xq, yq), (xk, yk), (xv, yv)))     # (B, heads, P + K, d)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = image.after(x, attended[:, :, :P], x_rest)
+            if not token.last:
+                y = token.after(y, attended[:, :, P:], y_rest)
+        shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, -1)
+        return unpatchify(self.latent_out(self.norm(x) * (1 + scale) + shift), self.patch, self.side)
+
+
+# ------------------------------------------------------------------ the tokenizer
+
+
+class DDT(nn.Module):
+    """The whole: VAE (frozen), Q-former, quantizer, MMDiT."""
+
+    def __init__(self, config: Config, vae: VAE):
+        super().__init__()
+        self.config, self.vae = config, vae.eval().requires_grad_(False)
+        channels, side = vae.config["latent_channels"], config.size // vae.shrink
+        if config.size % (vae.shrink * config.patch):
+            raise train.Problem(f"--size {config.size} must be a multiple of {vae.shrink * config.patch} "
+                                f"(VAE {vae.shrink} x patch {config.patch})")
+        self.encoder = QFormer(channels, side, config)
+        self.quantizer = EMAVectorQuantizer(config.query_width)
+        self.decoder = MMDiT(channels, side, self.quantizer.codebook.shape[1], config)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.vae.eval()
+        return self
+
+    def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u (B,) in [0, 1] -> time t (B,) and the number of tokens shown there k (B,): k(0) = 0, k(1) = K."""
+        s = self.config.shift
+        return s * u / (1 + (s - 1) * u), torch.ceil(u * self.config.queries).long()
+
+    def forward(self, latent: Tensor, u: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """
+        The training loss of clean latents x_0 (B, C, h, w) at u (B,), noise like x_0 ->
+        {loss (B,): |d(x_t, t, V_1..V_k) - x_0|^2 + commitment; mse (B,); commitment (B,); codes (B, K)}.
+        """
+        tokens, codes, commitment = self.quantizer(self.encoder(latent))
+        t, k = self.times(u)
+        x_t = t[:, None, None, None] * noise + (1 - t[:, None, None, None]) * latent
+        mse = (self.decoder(x_t, t, tokens, k) - latent).square().mean((1, 2, 3))
+        return {"loss": mse + self.config.commitment * commitment, "mse": mse, "commitment": commitment, "codes": codes}
+
+    @torch.no_grad()
+    def latent(self, frames: Tensor) -> Tensor:
+        """frames (B, 3, H, W) in [0, 1] -> VAE latents (B, C, h, w)."""
+        return self.vae.encode(2 * frames - 1)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """frames (B, 3, H, W) in [0, 1] -> codes (B, K), int64."""
+        size = self.config.size
+        if frames.ndim != 4 or frames.shape[1:] != (3, size, size):
+            raise ValueError(f"this tokenizer encodes frames (B, 3, {size}, {size}); got {tuple(frames.shape)}")
+        return self.quantizer.nearest(self.quantizer.vectors(self.encoder(self.latent(frames))))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, steps: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """codes (B, K) -> frames (B, 3, H, W) in [0, 1]. The noise to start from comes from the generator."""
+        if codes.ndim != 2 or codes.shape[1] != self.config.queries or codes.min() < 0 \
+                or codes.max() >= len(self.quantizer.codebook):
+            raise ValueError(f"codes must be (B, {self.config.queries}) in [0, {len(self.quantizer.codebook)}); "
+                             f"got {tuple(codes.shape)}")
+        noise = torch.randn(len(codes), self.vae.config["latent_channels"], *2 * [self.config.size // self.vae.shrink],
+                            generator=generator, device=codes.device)
+        latent = self.sample(self.quantizer.codebook[codes], noise, steps)
+        return (self.vae.decode(latent) / 2 + 0.5).clamp(0, 1)
+
+    def sample(self, tokens: Tensor, x: Tensor, steps: int) -> Tensor:
+        """Euler steps of the flow from noise x (B, C, h, w) at t = 1 to a latent; dx/dt = eps - x_0 = (x - x_0) / t."""
+        grid = torch.linspace(1, 0, steps + 1, device=x.device)
+        for u, u_next in zip(grid[:-1], grid[1:]):
+            t, k = self.times(u.expand(len(x)))
+            t_next = self.times(u_next)[0]
+            clean = self.decoder(x, t, tokens, k)
+            x = clean + (t_next / t)[:, None, None, None] * (x - clean)
+        return x
+
+    def save(self, folder) -> None:
+        save_folder(folder, {"ddt": dataclasses.asdict(self.config), "vae": self.vae.config}, self, "model.safetensors")
+
+    @classmethod
+    def load(cls, folder) -> "DDT":
+        """A folder written by `save`. Raises train.Problem for what is missing, damaged or does not fit."""
+        config, tensors = load_folder(folder, "model.safetensors")
+        ddt = cls(Config(**config["ddt"]), VAE(config["vae"]))
+        train.load_state(ddt, tensors, Path(folder))
+        return ddt.eval().requires_grad_(False)
+
+
+def save_folder(folder, config: dict, model: nn.Module, name: str) -> None:
+    """config.json, then the weights: a folder with weights is whole."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    train.write_safetensors(Path(folder, name), model.state_dict(), {"format": "pt"})
+
+
+def load_folder(folder, name: str) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        config = json.loads(Path(folder, "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise train.Problem(f"cannot read {Path(folder, 'config.json')} ({error}): is {folder} the right folder?")
+    return config, train.read_safetensors(Path(folder, name))[0]
+
+
+# ------------------------------------------------------------------ training
+
+
+def scenarios(name: str) -> list[str]:
+    if name != "all" and name not in sim.SCENARIOS:
+        raise train.Problem(f"unknown scenario {name!r}: choose one of all, {', '.join(sim.SCENARIOS)}")
+    return list(sim.SCENARIOS) if name == "all" else [name]
+
+
+class Frames:
+    """Single frames of training clips, painted when they are asked for. Index i is frame i % 32 of clip i // 32."""
+
+    def __init__(self, config: Config, device):
+        self.size, self.device = config.size, device
+        self.clips = [sim.sample(s, "pretrain", config.clips, config.seed) for s in scenarios(config.scenario)]
+        self.n = [len(c) * sim.FRAMES for c in self.clips]
+
+    def __len__(self) -> int:
+        return sum(self.n)
+
+    def __getitem__(self, index: Tensor) -> Tensor:                               # (B,) -> (B, 3, H, W) in [0, 1]
+        frames, first = torch.empty(len(index), 3, self.size, self.size, device=self.device), 0
+        for clips, n in zip(self.clips, self.n):
+            rows = ((index >= first) & (index < first + n)).nonzero()[:, 0]
+            clip, frame = (index[rows] - first) // sim.FRAMES, (index[rows] - first) % sim.FRAMES
+            position = clips.position[clip, frame][:, None].to(self.device)       # (b, 1, N, 2)
+            if len(rows):
+                frames[rows] = sim.render(position, clips.radius[clip].to(self.device), self.size)[:, 0]
+            first += n
+        return frames
+
+
+def train_vae(config: Config, world: train.World) -> VAE:
+    """Trains a small AutoencoderKL on single frames and saves it in <out>/vae."""
+    folder = train.writable(Path(config.out, "vae"))
+    width = config.vae_width
+    vae = VAE({"_class_name": "AutoencoderKL", "block_out_channels": [width] + [2 * width] * (config.vae_levels - 1),
+               "layers_per_block": 1, "latent_channels": config.vae_latent, "norm_num_groups": 8,
+               "in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": config.size,
+               "down_block_types": ["DownEncoderBlock2D"] * config.vae_levels,
+               "up_block_types": ["UpDecoderBlock2D"] * config.vae_levels,
+               "use_quant_conv": False, "use_post_quant_conv": False,
+               "scaling_factor": 1.0, "shift_factor": 0.0}).to(world.device)
+    c = dataclasses.replace(config, steps=config.vae_steps, lr=config.vae_lr, batch=config.vae_batch)
+    optimizer = train.adamw(vae, c)
+    first = train.resume(folder, vae, optimizer, c)
+    world.say(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters, {c.steps} steps of {c.batch} frames")
+    data = Frames(config, world.device)
+    model = train.distribute(AutoencoderLoss(vae), world)
+    with train.Log(folder, first, c, world, show=("mse",)) as log:
+        for step in range(first, c.steps):
+            frames = data[world.share(train.rows(c.seed, step, c.batch, len(data)))]
+            noise = torch.randn(c.batch, c.vae_latent, *2 * [c.size // vae.shrink], generator=train.generator(c.seed, step))
+            mse, kl = model(2 * frames - 1, world.share(noise).to(world.device))
+            loss = (mse + 1e-6 * kl).sum() / c.batch
+            log(step, mse=train.total(mse.sum()) / c.batch, kl=train.total(kl.sum()) / c.batch,
+                **train.update(model, optimizer, loss, step, c))
+            train.checkpoint(folder, vae, optimizer, step, c, world)
+    with torch.no_grad():       # latents of zero mean and unit variance: the flow mixes them with unit noise
+        mean = vae.moments(2 * data[train.rows(c.seed, 0, 512, len(data))] - 1)[0]
+    vae.config |= {"shift_factor": mean.mean().item(), "scaling_factor": 1 / mean.std().item()}
+    if world.main:
+        reward.drop_row(folder.parent / "results.json", "VAE")
+        vae.save(folder)
+        train.finish(folder)
+    train.wait(world)
+    return vae.eval().requires_grad_(False)
+
+
+class AutoencoderLoss(nn.Module):
+    """A forward of its own, so that DDP sees one: images, noise -> squared error and KL divergence per picture (B,)."""
+
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.vae.moments(images)
+        reconstruction = self.vae.reconstruct(mean + (logvar / 2).exp() * noise)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3))
+        return (reconstruction - images).square().mean((1, 2, 3)), kl
+
+
+def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
+    """Trains encoder, quantizer and decoder together and saves the tokenizer in <out>/ddt."""
+    folder = train.writable(Path(config.out, "ddt"))
+    ddt = DDT(config, vae).to(world.device)
+    optimizer = train.adamw(ddt, config)
+    first = train.resume(folder, ddt, optimizer, config)
+    world.say(f"DDT: {sum(p.numel() for p in ddt.encoder.parameters()) / 1e6:.2f}M encoder, "
+              f"{sum(p.numel() for p in ddt.decoder.parameters()) / 1e6:.2f}M decoder, {config.steps} steps of {config.batch} frames")
+    data = Frames(config, world.device)
+    model = train.distribute(ddt, world)
+    B, K, device = config.batch, config.queries, world.device
+    with train.Log(folder, first, config, world, show=("mse", "mse_noise", "codes_used")) as log:
+        for step in range(first, config.steps):
+            model.train()
+            x0 = ddt.latent(data[world.share(train.rows(config.seed, step, B, len(data)))])
+            generator = train.generator(config.seed, step)
+            u = torch.rand(B, generator=generator)
+            u = torch.where(torch.rand(B, generator=generator) < config.pure_noise, 1.0, u)
+            noise = torch.randn(B, *x0.shape[1:], generator=generator)
+            u, noise = world.share(u).to(device), world.share(noise).to(device)
+            if step == config.quantize_at:
+                rows = world.share(train.rows(config.seed, step, 16 * B, len(data)))
+                with torch.no_grad():
+                    z = ddt.quantizer.vectors(ddt.encoder(ddt.latent(data[rows])))
+                ddt.quantizer.fill(z.flatten(0, 1))
+            result = model(x0, u, noise)
+            health = train.update(model, optimizer, result["loss"].sum() / B, step, config)
+            pure = u == 1
+            at_noise = train.total(torch.stack([result["mse"][pure].sum(), pure.sum()]))
+            q = ddt.quantizer
+            use = q.count / q.count.sum()
+            log(step, mse=train.total(result["mse"].sum()) / B, mse_noise=at_noise[0] / at_noise[1].clamp(min=1),
+                commitment=train.total(result["commitment"].sum()) / B,
+                codes_used=int((use > 0.1 / len(use)).sum()) if q.active else 0,
+                perplexity=math.exp(-(use * (use + 1e-9).log()).sum()) if q.active else 0.0, **health)
+            train.checkpoint(folder, ddt, optimizer, step, config, world)
+    if not ddt.quantizer.active:
+        raise train.Problem(f"--quantize_at {config.quantize_at} lies behind the last step ({config.steps}): lower it")
+    if world.main:
+        reward.drop_row(folder.parent / "results.json", "DDT")
+        ddt.save(folder)
+        train.finish(folder)
+    train.wait(world)
+    return ddt.eval().requires_grad_(False)
+
+
+def reconstruction(model: VAE | DDT) -> Callable[[Tensor], Tensor]:
+    """A VAE or DDT as reward.evaluate wants it (with shown = 32): frames (B, F, 3, H, W) -> the same, reconstructed."""
+    @torch.no_grad()
+    def predict(frames: Tensor) -> Tensor:
+        generator = torch.Generator(frames.device).manual_seed(0)
+        parts = []
+        for x in frames.flatten(0, 1).split(512):
+            if isinstance(model, VAE):
+                parts.append((model.decode(model.encode(2 * x - 1)) / 2 + 0.5).clamp(0, 1))
+            else:
+                parts.append(model.decode(model.encode(x), generator=generator))
+        return torch.cat(parts).view_as(frames)
+    return predict
+
+
+def ensure(config, world: train.World) -> DDT:
+    """The tokenizer of <out>: loaded, or made first, together with its VAE."""
+    if not Path(config.out, "ddt", "model.safetensors").exists():
+        world.say(f"{config.out}/ddt is missing: training it first. {EXPECTED.get(config.preset, '')}")
+        main(["--preset", config.preset, "--out", config.out, "--seed", str(config.seed), "--scenario", config.scenario])
+    return DDT.load(Path(config.out, "ddt")).to(world.device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = train.parse(Config, PRESETS, argv)
+    world = train.start(config.seed)
+    out, device = train.writable(Path(config.out)), world.device
+    names = scenarios(config.scenario)
+    trained = Path(out, "vae", "diffusion_pytorch_model.safetensors")
+    vae = VAE.load(trained.parent).to(device) if trained.exists() and not config.fresh else train_vae(config, world)
+    trained = Path(out, "ddt", "model.safetensors")
+    ddt = DDT.load(trained.parent).to(device) if trained.exists() and not config.fresh else train_ddt(config, vae, world)
+    if world.main:
+        for row, predict in (("ground truth", lambda frames: frames), ("VAE", reconstruction(vae)), ("DDT", reconstruction(ddt))):
+            reward.add_row(out / "results.json", row, predict, names, sim.SHOWN, config.eval_clips, size=config.size,
+                           shown=sim.FRAMES, device=device)
+        print(reward.table(out / "results.json"))
+        columns = [sim.sample(name, split, 1) for name in names for split in ("iid", "small", "large")]
+        truth = [sim.render(c.position, c.radius, config.size).to(device) for c in columns]
+        rows = [x for frames in truth for x in (frames[0], reconstruction(ddt)(frames)[0])]
+        sim.save_strip(out / "ddt" / "reconstruction.png", rows, ["truth", "DDT"] * len(truth))
+        print(f"\npictures: {out}/ddt/reconstruction.png")
+    train.wait(world)
+
+
+if __name__ == "__main__":
+    train.cli(main)

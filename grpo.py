@@ -1,0 +1,229 @@
+"""
+Physics reasoning: GRPO with a reward computed from the physics of the decoded frames. The main job.
+
+Source: Phys-AR section 3.4, Table 3 and appendix D; GRPO is Shao et al. 2024, https://arxiv.org/abs/2402.03300.
+For each condition (the first 3 frames of a clip at speeds and sizes just outside the training range) the model samples a group of
+continuations. They are decoded to frames, scored (reward.py), and each is made more likely or less by how much better
+than its group it did.
+
+Differences from textbook GRPO, and choices where the paper is silent
+1. The KL term is to the frozen SFT model. The paper writes pi_old; with one update per rollout that term is zero.
+2. It is exact: a sum over the 256 codes of every token, not an estimate from the sampled one.
+3. Log-probabilities are taken on the support the sampler drew from (top-k 50, top-p 0.95), kept with the rollout, for the
+   old policy and the new. So the ratio is exactly 1 at the first update.
+4. Advantages divide by std + 0.01: the reward of one clip differs by about that much between two decodings of the same codes,
+   and eight equal rollouts must not be told apart by noise.
+5. Clips have one length: no mask, no length normalisation. The loss is the mean over all tokens of the global batch.
+6. What a rollout scores where frames do not count (the true ball has left the view) is nothing: see reward.py.
+
+    torchrun grpo.py                    # from nothing: VAE, DDT, SFT (if they are missing in runs/tiny), GRPO, table, pictures
+    python grpo.py --steps 80           # the same without torchrun; any field of Config is a flag
+    torchrun --nproc_per_node=8 grpo.py # 8 ranks; the global batch stays as it is
+
+Expected at `tiny` on 2 CPU cores: TODO minutes in all, GRPO TODO of them.
+
+Axes: P prompts, G rollouts per prompt (group), R = P G rollouts, S sequence, T sampled tokens, V visual codes, F frames, K tokens of
+a frame.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ddt as tokenizer
+import reward
+import sft
+import sim
+import train
+from ddt import DDT
+from lm import Llama, generate, logprobs
+from sim import CONDITION, FRAMES
+
+
+@dataclass
+class Config:
+    preset: str = "tiny"
+    out: str = ""               # run folder; empty: runs/<preset>
+    seed: int = 0
+    fresh: bool = False         # start over, ignoring checkpoints
+    save_every: int = 5         # steps between checkpoints
+    # data
+    scenario: str = "uniform"   # one of sim.SCENARIOS, or all
+    clips: int = 2000           # conditions to draw from, per scenario
+    # rollout
+    prompts: int = 8            # P, per step
+    group: int = 8              # G
+    top_k: int = 50
+    top_p: float = 0.95
+    # loss
+    ratio_clip: float = 0.2     # PPO's epsilon
+    beta: float = 0.02          # weight of KL to the SFT model
+    # optimization
+    updates: int = 1            # per rollout
+    steps: int = 40
+    lr: float = 3e-5
+    warmup: int = 5
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    clip: float = 1.0           # gradient norm; 0: no clipping
+    eval_clips: int = 128       # per split of the table at the end
+
+
+PRESETS = {
+    "tiny": {},
+}
+NOISE = 0.01                    # standard deviation of the reward between two decodings of the same codes
+
+# ------------------------------------------------------------------ the algorithm
+
+
+@dataclass
+class Rollout:
+    ids: Tensor                 # (R, S)        BOS, condition, sampled tokens
+    codes: Tensor               # (R, T)        the sampled tokens as codes
+    support: Tensor             # (R, T, V)     what each was drawn from
+    logp_old: Tensor            # (R, T)        under the policy that sampled
+    logits_ref: Tensor          # (R, T, V)     of the frozen SFT model
+    advantage: Tensor           # (R,)
+    scores: dict[str, Tensor]   # (P, G) each   reward, velocity, mass
+
+
+def advantages(reward: Tensor) -> Tensor:
+    """Eq. 8: reward (P, G) -> (P, G), normalised within each group."""
+    return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + NOISE)
+
+
+def scored(model: nn.Module, ids: Tensor, T: int) -> Tensor:
+    """Logits over the visual codes for the last T tokens: ids (R, S) -> (R, T, V)."""
+    return model.visual_logits(model(ids[:, :-1])[:, -T:])
+
+
+def grpo_loss(logits: Tensor, logits_ref: Tensor, codes: Tensor, support: Tensor, logp_old: Tensor, advantage: Tensor,
+              ratio_clip: float, beta: float) -> dict[str, Tensor]:
+    """
+    Eq. 9-10 with PPO's clipped ratio, per rollout: the mean over its tokens of
+    -min(ratio A, clip(ratio) A) + beta KL(pi || pi_ref).
+
+    logits, logits_ref (R, T, V), codes, logp_old (R, T), support (R, T, V), advantage (R,) -> {loss, kl, entropy, clipped}, (R,) each.
+    With ratio 1 the loss is -A + beta KL, and its gradient that of -A log pi + beta KL.
+    """
+    logp = logprobs(logits, codes, support)                                       # (R, T)
+    ratio = (logp - logp_old).exp()
+    A = advantage[:, None]
+    gain = torch.minimum(ratio * A, ratio.clamp(1 - ratio_clip, 1 + ratio_clip) * A)
+    log_pi, log_ref = logits.float().log_softmax(-1), logits_ref.float().log_softmax(-1)
+    kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                              # (R, T) exact
+    entropy = -(log_pi.exp() * log_pi).sum(-1)
+    clipped = (ratio * A > ratio.clamp(1 - ratio_clip, 1 + ratio_clip) * A).float()
+    return {"loss": (-gain + beta * kl).mean(1), "kl": kl.detach().mean(1), "entropy": entropy.detach().mean(1),
+            "clipped": clipped.mean(1)}
+
+
+@torch.no_grad()
+def rollout(policy: Llama, reference: Llama, ddt: DDT, clips: sim.Clips, config: Config, generator: torch.Generator) -> Rollout:
+    """Samples config.group continuations of each clip's condition, decodes and scores them."""
+    P, G, K = len(clips), config.group, ddt.config.queries
+    T = (FRAMES - CONDITION) * K
+    shown = sim.render(clips.position[:, :CONDITION], clips.radius, ddt.config.size)              # (P, 3, 3, H, W)
+    prompt = sft.sequence(policy, ddt.encode(shown.flatten(0, 1)).view(P, CONDITION, K))          # (P, 1 + 3 K)
+    codes, support = generate(policy, prompt, T, G, config.top_k, config.top_p, generator)        # (P, G, T)
+    codes, support = codes.flatten(0, 1), support.flatten(0, 1)                                   # (R, T)
+
+    predicted = sft.decode(ddt, codes.view(P * G, -1, K), generator)                              # (R, 29, 3, H, W)
+    frames = torch.cat([shown.repeat_interleave(G, 0), predicted], 1)                             # (R, F, 3, H, W)
+    every = torch.arange(P, device=codes.device).repeat_interleave(G)
+    scores = {k: v.view(P, G) for k, v in reward.reward(frames, clips[every]).items()}
+
+    ids = torch.cat([prompt.repeat_interleave(G, 0), policy.first_code + codes], 1)               # (R, S)
+    return Rollout(ids, codes, support, logprobs(scored(policy, ids, T), codes, support), scored(reference, ids, T),
+                   advantages(scores["reward"]).flatten(), scores)
+
+
+class Loss(nn.Module):
+    """A forward of its own, so that DDP sees one."""
+
+    def __init__(self, policy: Llama, config: Config):
+        super().__init__()
+        self.policy, self.config = policy, config
+
+    def forward(self, r: Rollout) -> dict[str, Tensor]:
+        logits = scored(self.policy, r.ids, r.codes.shape[1])
+        return grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage, self.config.ratio_clip, self.config.beta)
+
+
+# ------------------------------------------------------------------ training
+
+
+def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -> Llama:
+    """Trains a copy of the SFT model and saves it in <out>/grpo."""
+    folder = train.writable(Path(config.out, "grpo"))
+    policy = sft.load(Path(config.out, "sft")).to(world.device)
+    optimizer = train.adamw(policy, config)
+    first = train.resume(folder, policy, optimizer, config)
+    names = tokenizer.scenarios(config.scenario)
+    data = [sim.sample(name, "posttrain", config.clips, config.seed) for name in names]
+    world.say(f"GRPO: {config.steps} steps of {config.prompts} prompts x {config.group} rollouts")
+    loss_of = train.distribute(Loss(policy, config), world)
+    with train.Log(folder, first, config, world, show=("reward", "kl")) as log:
+        for step in range(first, config.steps):
+            clips = data[step % len(data)]                                        # one scenario a step
+            rows = world.share(train.rows(config.seed, step // len(data), config.prompts, len(clips)))
+            generator = train.generator(config.seed, step, world.rank, device=world.device)
+            r = rollout(policy, reference, ddt, clips[rows].to(world.device), config, generator)
+            R = config.prompts * config.group
+            for _ in range(config.updates):
+                result = loss_of(r)
+                health = train.update(policy, optimizer, result["loss"].sum() / R, step, config)
+            mean = {k: train.total(v.sum()) / R for k, v in (result | r.scores).items()}
+            std = r.scores["reward"].std(1)
+            group_std, zero = train.total(torch.stack([std.sum(), (std < NOISE).sum()])) / config.prompts
+            log(step, **{"reward": mean["reward"], "reward_std": group_std, "rewards/velocity/mean": mean["velocity"],
+                         "rewards/mass/mean": mean["mass"], "frac_reward_zero_std": zero, "loss": mean["loss"], "kl": mean["kl"],
+                         "entropy": mean["entropy"], "clip_ratio/region_mean": mean["clipped"]}, **health)
+            train.checkpoint(folder, policy, optimizer, step, config, world)
+    if world.main:
+        reward.drop_row(folder.parent / "results.json", "SFT + RL")
+        policy.save(folder)
+        train.finish(folder)
+    train.wait(world)
+    return policy.eval()
+
+
+def pictures(out: Path, ddt: DDT, models: dict[str, Llama], names: list[str], device) -> None:
+    """Truth above, predictions below: <out>/clips.gif and <out>/clips.png, the first clip of five splits."""
+    splits = ("iid", "slow", "fast", "small", "large")
+    truth = [sim.sample(name, split, 1, seed=1) for name in names for split in splits]
+    frames = torch.cat([sim.render(c.position, c.radius, ddt.config.size) for c in truth[:5]]).to(device)
+    rows = {"truth": frames} | {name: sft.predictor(model, ddt)(frames[:, :CONDITION]) for name, model in models.items()}
+    sim.save_gif(out / "clips.gif", list(rows.values()), list(rows), pixels=128)
+    strip = {f"{split}, {name}": clips[i] for i, split in enumerate(splits) for name, clips in rows.items()}
+    sim.save_strip(out / "clips.png", list(strip.values()), list(strip), pixels=64)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = train.parse(Config, PRESETS, argv)
+    names = tokenizer.scenarios(config.scenario)
+    if config.group < 2:
+        raise train.Problem(f"--group {config.group}: advantages compare rollouts of a group, it needs at least 2")
+    world = train.start(config.seed)
+    out = train.writable(Path(config.out))
+    ddt = tokenizer.ensure(config, world)
+    reference = sft.ensure(config, world).requires_grad_(False)
+    trained = (out / "grpo" / "model.safetensors").exists() and not config.fresh
+    policy = sft.load(out / "grpo").to(world.device) if trained else train_grpo(config, ddt, reference, world)
+    if world.main:
+        for row, model in (("SFT", reference), ("SFT + RL", policy)):
+            reward.add_row(out / "results.json", row, sft.predictor(model, ddt), names, ("posttrain", *sim.SHOWN),
+                           config.eval_clips, size=ddt.config.size, device=world.device)
+        print(reward.table(out / "results.json"))
+        pictures(out, ddt, {"SFT": reference, "SFT + RL": policy}, names, world.device)
+        print(f"\nresults: {out}/results.json   pictures: {out}/clips.gif, {out}/clips.png")
+    train.wait(world)
+
+
+if __name__ == "__main__":
+    train.cli(main)

@@ -1,0 +1,209 @@
+"""
+Symbol learning: a Llama learns the tokens of clips like a foreign language.
+
+Source: Phys-AR section 3.3. Every frame of a clip becomes K codes (ddt.py), a clip the sequence BOS + 32 K codes, and the model
+is trained with next-token cross-entropy on all of them. At inference it is given the codes of 3 frames and continues.
+
+Choices where the paper is silent
+1. The softmax is over the 256 visual codes only: at inference text words are masked anyway.
+2. Codes enter in the order of their time steps, V_1 first.
+3. Clips are tokenised once, before training. They are a few bytes each: 32 K uint8.
+
+    python sft.py                       # makes runs/tiny/vae and runs/tiny/ddt first if they are missing
+
+Expected at `tiny` on 2 CPU cores: TODO minutes.
+
+Axes: B clips, F frames, K tokens of a frame, S sequence, V visual codes.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import ddt as tokenizer
+import reward
+import sim
+import train
+from ddt import DDT
+from lm import Llama, LlamaConfig, generate
+from sim import CONDITION, FRAMES
+
+
+@dataclass
+class Config:
+    preset: str = "tiny"
+    out: str = ""               # run folder; empty: runs/<preset>
+    seed: int = 0
+    fresh: bool = False         # start over, ignoring checkpoints
+    save_every: int = 100       # steps between checkpoints
+    # data
+    scenario: str = "uniform"   # one of sim.SCENARIOS, or all
+    clips: int = 8000           # training clips per scenario
+    # model
+    hidden: int = 128
+    ffn: int = 384
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    # optimization
+    steps: int = 900
+    batch: int = 32
+    lr: float = 1.5e-3
+    warmup: int = 50
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    clip: float = 1.0           # gradient norm; 0: no clipping
+    eval_clips: int = 64        # per split of the table at the end
+
+
+PRESETS = {
+    "tiny": {},
+}
+EXPECTED = {"tiny": "About 9 minutes on 2 CPU cores."}
+
+CODES = 256                     # V
+
+# ------------------------------------------------------------------ clips as sequences
+
+
+@torch.no_grad()
+def tokenize(ddt: DDT, clips: sim.Clips, batch: int = 16) -> Tensor:
+    """Clips -> codes (B, F, K), uint8, painted and encoded on the tokenizer's device."""
+    device, size = ddt.quantizer.codebook.device, ddt.config.size
+    codes = torch.empty(len(clips), FRAMES, ddt.config.queries, dtype=torch.uint8)
+    for i in range(0, len(clips), batch):
+        part = clips[i:i + batch].to(device)
+        frames = sim.render(part.position, part.radius, size)
+        codes[i:i + batch] = ddt.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).cpu()
+    return codes
+
+
+def sequence(model: Llama, codes: Tensor) -> Tensor:
+    """codes (B, F, K) -> ids (B, 1 + F K), the first of them BOS."""
+    ids = model.first_code + codes.flatten(1).long()
+    return torch.cat([torch.full_like(ids[:, :1], model.config.bos_token_id), ids], 1)
+
+
+@torch.no_grad()
+def decode(ddt: DDT, codes: Tensor, generator: torch.Generator | None = None, batch: int = 512) -> Tensor:
+    """codes (B, F, K) -> frames (B, F, 3, H, W) in [0, 1], one call of the decoder each."""
+    frames = [ddt.decode(part, generator=generator) for part in codes.flatten(0, 1).split(batch)]
+    return torch.cat(frames).unflatten(0, codes.shape[:2])
+
+
+def predictor(model: Llama, ddt: DDT, seed: int = 0, top_k: int = 50, top_p: float = 0.95) -> Callable[[Tensor], Tensor]:
+    """The model as reward.evaluate wants it: frames (B, 3, 3, H, W) -> frames (B, 32, 3, H, W), one sample each."""
+    device = ddt.quantizer.codebook.device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    @torch.no_grad()
+    def predict(frames: Tensor) -> Tensor:
+        K = ddt.config.queries
+        shown = ddt.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])           # (B, 3, K)
+        codes, _ = generate(model, sequence(model, shown), (FRAMES - CONDITION) * K, 1, top_k, top_p, generator)
+        return torch.cat([frames, decode(ddt, codes.view(len(frames), -1, K), generator)], 1)
+    return predict
+
+
+# ------------------------------------------------------------------ training
+
+
+def training_codes(config: Config, ddt: DDT, folder: Path, world: train.World) -> Tensor:
+    """The training clips as codes (B, F, K), uint8: from <out>/sft/tokens.safetensors, or made by all ranks together."""
+    path = folder / "tokens.safetensors"
+    stamp = str({"scenario": config.scenario, "clips": config.clips, "seed": config.seed,
+                 "codebook": ddt.quantizer.codebook.double().sum().item()})               # tokens of another tokenizer are stale
+    if path.exists():
+        tensors, metadata = train.read_safetensors(path)
+        if metadata.get("of") == stamp:
+            return tensors["codes"]
+    parts = []
+    for name in tokenizer.scenarios(config.scenario):
+        clips = world.share(sim.sample(name, "pretrain", config.clips, config.seed))
+        pieces = [clips[i:i + 64] for i in range(0, len(clips), 64)]
+        parts += [tokenize(ddt, piece) for piece in tqdm(pieces, desc=f"tokens, {name}", ncols=100, disable=not world.main)]
+    codes = train.gather(torch.cat(parts))
+    if world.main:
+        train.write_safetensors(path, {"codes": codes}, {"of": stamp})
+    train.wait(world)
+    return codes
+
+
+class NextToken(nn.Module):
+    """Cross-entropy of every code given those before it: ids (B, S) -> nats a token, per clip (B,)."""
+
+    def __init__(self, model: Llama):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.model.visual_logits(self.model(ids[:, :-1]))                        # (B, S - 1, V)
+        target = ids[:, 1:] - self.model.first_code                                       # (B, S - 1)
+        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view_as(target).mean(1)
+
+
+def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
+    """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
+    folder = train.writable(Path(config.out, "sft"))
+    S = 1 + FRAMES * ddt.config.queries
+    model = Llama(LlamaConfig(1 + CODES, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
+                              config.hidden // config.heads, max_position_embeddings=S, n_visual=CODES)).to(world.device)
+    optimizer = train.adamw(model, config)
+    first = train.resume(folder, model, optimizer, config)
+    codes = training_codes(config, ddt, folder, world)
+    world.say(f"SFT: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
+              f"{config.batch} clips of {S} tokens, {len(codes)} clips")
+    loss_of = train.distribute(NextToken(model), world)
+    with train.Log(folder, first, config, world) as log:
+        for step in range(first, config.steps):
+            rows = world.share(train.rows(config.seed, step, config.batch, len(codes)))
+            loss = loss_of(sequence(model, codes[rows].to(world.device))).sum() / config.batch
+            log(step, loss=train.total(loss), **train.update(model, optimizer, loss, step, config))
+            train.checkpoint(folder, model, optimizer, step, config, world)
+    if world.main:
+        reward.drop_row(folder.parent / "results.json", "SFT")
+        model.save(folder)
+        train.finish(folder)
+    train.wait(world)
+    return model.eval()
+
+
+def ensure(config, world: train.World) -> Llama:
+    """The supervised model of <out>: loaded, or trained first."""
+    folder = Path(config.out, "sft")
+    if not (folder / "model.safetensors").exists():
+        world.say(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
+        main(["--preset", config.preset, "--out", config.out, "--seed", str(config.seed), "--scenario", config.scenario])
+    return load(folder).to(world.device)
+
+
+def load(folder: Path) -> Llama:
+    try:
+        return Llama.load(folder).eval()
+    except ValueError as error:
+        raise train.Problem(f"{error}: delete {folder}, or train it again with --fresh") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = train.parse(Config, PRESETS, argv)
+    world = train.start(config.seed)
+    out = train.writable(Path(config.out))
+    names = tokenizer.scenarios(config.scenario)
+    ddt = tokenizer.ensure(config, world)
+    trained = (out / "sft" / "model.safetensors").exists() and not config.fresh
+    model = load(out / "sft").to(world.device) if trained else train_sft(config, ddt, world)
+    if world.main:
+        reward.add_row(out / "results.json", "SFT", predictor(model, ddt), names, sim.SHOWN, config.eval_clips,
+                       size=ddt.config.size, device=world.device)
+        print(reward.table(out / "results.json"))
+    train.wait(world)
+
+
+if __name__ == "__main__":
+    train.cli(main)

@@ -1,0 +1,360 @@
+"""
+What the training loops share: start-up with or without torchrun, flags from a dataclass, the optimizer and its schedule,
+the order of the data, checkpoints and the log. Nothing in here knows what is being trained.
+
+A stage's loop reads:
+
+    config = train.parse(Config, PRESETS, argv)             # flags -> dataclass, one clear error for what is wrong
+    world = train.start(config.seed)                        # rank, size, device
+    optimizer = train.adamw(model, config)
+    first = train.resume(folder, model, optimizer, config)  # 0, or the step after the last checkpoint
+    with train.Log(folder, first, config, world) as log:
+        for step in range(first, config.steps):
+            rows = world.share(train.rows(config.seed, step, config.batch, len(data)))
+            loss = ...                                      # sum over this rank's rows / the global batch
+            log(step, loss=..., **train.update(model, optimizer, loss, step, config))
+            train.checkpoint(folder, model, optimizer, step, config, world)
+
+Everything random in a step is drawn from a generator made of (seed, step), never from a running state. So a run that was
+killed and goes on draws what it would have drawn, and the number of ranks does not change which data a step sees.
+
+Left for the paper's scale: a sharded optimizer with fp32 master weights belongs into `adamw`, its state into `checkpoint`.
+"""
+import argparse
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class Problem(Exception):
+    """Something the user can put right. Shown as one line, without a traceback; exit code 2."""
+
+
+def cli(main) -> None:
+    """Runs a script's main(); turns what a user can mend into one line and an exit code."""
+    try:
+        main()
+    except Problem as problem:
+        sys.stderr.write(f"\n{Path(sys.argv[0]).name}: {problem}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped. The same command goes on from the last checkpoint.\n")
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------ flags
+
+def parse(Config, presets: dict[str, dict], argv: list[str] | None):
+    """
+    Command line -> Config. Every field is a flag (`--lr 1e-3`; a bool is a switch); `--preset` fills the rest.
+
+    Raises SystemExit (code 2, one line) for an unknown flag or preset or a value of the wrong type, Problem for a number
+    out of range.
+    """
+    fields = dataclasses.fields(Config)
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [--preset tiny] [--FIELD VALUE ...]")
+    parser.add_argument("--preset", default="tiny", help=f"one of {', '.join(presets)} (default: tiny)")
+    for field in fields:
+        if field.name == "preset":
+            continue
+        elif field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true", default=None)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, default=None, metavar=field.type.__name__)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [f"--{field.name}" for field in fields]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, 0.4)
+        parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
+    if given.preset not in presets:
+        near = difflib.get_close_matches(given.preset, presets, 1, 0.4)
+        parser.error(f"unknown preset {given.preset!r}: choose one of {', '.join(presets)}"
+                     + (f" (did you mean {near[0]}?)" if near else ""))
+    config = Config(**presets[given.preset])
+    for name, value in vars(given).items():
+        if value is not None:
+            setattr(config, name, value)
+    config.out = config.out or f"runs/{config.preset}"
+    for field in fields:
+        value = getattr(config, field.name)
+        if field.type in (int, float) and not (math.isfinite(value) and value >= 0):
+            raise Problem(f"--{field.name} {value}: must be a finite number of at least 0")
+        if field.type is int and value == 0 and field.default != 0:
+            raise Problem(f"--{field.name} 0: must be at least 1")
+    return config
+
+
+# ------------------------------------------------------------------ ranks
+
+@dataclass
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, x):
+        """This rank's part of a global batch (anything sliceable); parts may differ in size by one."""
+        n = len(x)
+        return x[n * self.rank // self.size: n * (self.rank + 1) // self.size]
+
+    def say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+
+def start(seed: int) -> World:
+    """Joins torchrun's process group if there is one, chooses the device, seeds torch. May be called more than once."""
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.set_flush_denormal(True)      # a nearly collapsed model is full of denormals: 1.36 s a step against 0.14
+        if size > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)                 # the same initial weights on every rank
+    return World(rank, size, device)
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum of a tensor over the ranks."""
+    if dist.is_initialized():
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, in the order of the ranks: (n, ...) each -> (sum of n, ...). For CPU tensors."""
+    if not dist.is_initialized():
+        return x
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return torch.cat(parts)
+
+
+def wait(world: World) -> None:
+    """All ranks meet here: nobody reads a file before rank 0 has written it."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def distribute(model: nn.Module, world: World) -> nn.Module:
+    """DistributedDataParallel if there are several ranks. Buffers (EMA codebooks) keep themselves equal."""
+    if world.size == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+# ------------------------------------------------------------------ randomness and the order of the data
+
+def generator(*key: int, device="cpu") -> torch.Generator:
+    """A generator that is a function of integers such as (seed, step)."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, epoch))
+
+
+def rows(seed: int, step: int, batch: int, n: int) -> Tensor:
+    """Indices (batch,) of the data that a step sees: shuffled epochs of n, one after the other."""
+    at = torch.arange(step * batch, (step + 1) * batch)
+    return torch.stack([_epoch(seed, int(i) // n, n)[i % n] for i in at])
+
+
+# ------------------------------------------------------------------ optimizer
+
+def adamw(model: nn.Module, config) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, config) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def update(model: nn.Module, optimizer: torch.optim.AdamW, loss: Tensor, step: int, config) -> dict[str, float]:
+    """
+    Backward and one optimizer step. `loss` is this rank's sum over rows / the size of the global batch; DDP averages
+    gradients over ranks, so the loss is scaled back to a sum: ranks may hold shares of unequal size.
+    """
+    (loss * (dist.get_world_size() if dist.is_initialized() else 1)).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+    lr = learning_rate(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if not torch.isfinite(norm):
+        raise Problem(f"the gradient at step {step} is not finite: lower --lr (now {config.lr}), or look at the data")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"grad_norm": norm.item(), "learning_rate": lr}
+
+
+# ------------------------------------------------------------------ checkpoints
+
+FREE = {"out", "fresh", "save_every"}       # fields that may change between two runs of the same training
+
+
+def writable(folder: Path) -> Path:
+    """Makes a folder and tries to write in it, before hours of training do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise Problem(f"cannot write to {folder} ({error.strerror}): choose another folder with --out")
+    return folder
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes aside, flushes to disk and renames: at `path` there is the old file or the new one, never half of one."""
+    aside = path.with_name(path.name + ".part")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, aside, metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(aside, 0o666 & ~umask)         # safetensors writes 0600 whatever the umask
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """-> tensors, metadata. Raises Problem for a file that is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise Problem(f"cannot read {path} ({error}): delete it, or start the stage over with --fresh")
+    broken = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if broken:
+        raise Problem(f"{path} holds NaN or infinity in {broken[0]}: delete it, or start the stage over with --fresh")
+    return tensors, metadata
+
+
+def load_state(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """load_state_dict with one line for what does not fit."""
+    own = model.state_dict()
+    for name in [*own, *tensors]:
+        if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
+            shapes = [tuple(d[name].shape) if name in d else "nothing" for d in (own, tensors)]
+            raise Problem(f"{path} does not fit this model: {name} should be {shapes[0]}, the file has {shapes[1]}")
+    model.load_state_dict(tensors)
+
+
+def checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config, world: World) -> None:
+    """Writes model, optimizer, step and config as one file, every `save_every` steps and after the last."""
+    if not world.main or ((step + 1) % config.save_every and step + 1 != config.steps):
+        return
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    write_safetensors(folder / "checkpoint.safetensors", tensors,
+                      {"step": str(step + 1), "config": json.dumps(dataclasses.asdict(config))})
+
+
+def resume(folder: Path, model: nn.Module, optimizer, config) -> int:
+    """
+    Loads the checkpoint of `folder` if there is one -> the step to go on with (0 without).
+
+    Raises Problem for a damaged checkpoint or one of another configuration. With --fresh it is ignored.
+    """
+    path = folder / "checkpoint.safetensors"
+    if config.fresh or not path.exists():
+        return 0
+    tensors, metadata = read_safetensors(path)
+    try:
+        then, step = json.loads(metadata["config"]), int(metadata["step"])
+    except (KeyError, ValueError):
+        raise Problem(f"{path} is not a checkpoint of this project: delete it, or start over with --fresh")
+    changed = [f"{k} was {then.get(k)}, is {v}" for k, v in dataclasses.asdict(config).items()
+               if k not in FREE and then.get(k) != v]
+    if changed:
+        raise Problem(f"{path} is of another configuration ({'; '.join(changed[:4])}): restore that, choose another "
+                      "--out, or start over with --fresh")
+    load_state(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
+    state: dict[int, dict] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step
+
+
+def finish(folder: Path) -> None:
+    """The stage's model is saved: its checkpoint has done its work."""
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------ log
+
+class Log:
+    """
+    log.jsonl, one object a step, and a progress bar that shows the metrics named in `show`. Only rank 0 writes.
+    Lines of steps that are done again after a crash are dropped, so that every step stands in the file once.
+    """
+
+    def __init__(self, folder: Path, first: int, config, world: World, show: tuple[str, ...] = ("loss",)):
+        self.path, self.first, self.steps, self.on, self.show = folder / "log.jsonl", first, config.steps, world.main, show
+
+    def __enter__(self):
+        if self.on:
+            kept = self.path.read_text().splitlines()[:self.first] if self.first and self.path.exists() else []
+            self.file = open(self.path, "w")
+            self.file.writelines(line + "\n" for line in kept)
+            quiet = not sys.stderr.isatty()                 # in a file: a line every 10 seconds, not ten a second
+            self.bar = tqdm(total=self.steps, initial=self.first, desc=self.path.parent.name, mininterval=10 if quiet else 0.2,
+                            ncols=100, unit="step")
+            self.time = time.perf_counter()
+        return self
+
+    def __call__(self, step: int, **metrics) -> None:
+        if self.on:
+            now = time.perf_counter()
+            metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+            line = {"step": step} | metrics | {"step_time": now - self.time}
+            self.time = now
+            self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+            self.file.flush()
+            self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in self.show if k in metrics}, refresh=False)
+            self.bar.update()
+
+    def __exit__(self, *_) -> None:
+        if self.on:
+            self.file.close()
+            self.bar.close()
