@@ -25,6 +25,7 @@ Expected at `tiny` on 2 CPU cores: TODO minutes in all, GRPO TODO of them.
 Axes: P prompts, G rollouts per prompt (group), R = P G rollouts, S sequence, T sampled tokens, V visual codes, F frames, K tokens of
 a frame.
 """
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,7 +162,10 @@ class Loss(nn.Module):
 def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -> Llama:
     """Trains a copy of the SFT model and saves it in <out>/grpo."""
     folder = train.writable(Path(config.out, "grpo"))
-    policy = sft.load(Path(config.out, "sft")).to(world.device)
+    if config.fresh:
+        train.discard(folder)
+    train.made_of(folder, ddt=folder.parent / "ddt", sft=folder.parent / "sft")
+    policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = train.adamw(policy, config)
     first = train.resume(folder, policy, optimizer, config)
     names = tokenizer.scenarios(config.scenario)
@@ -213,8 +217,11 @@ def main(argv: list[str] | None = None) -> None:
     out = train.writable(Path(config.out))
     ddt = tokenizer.ensure(config, world)
     reference = sft.ensure(config, world).requires_grad_(False)
-    trained = (out / "grpo" / "model.safetensors").exists() and not config.fresh
-    policy = sft.load(out / "grpo").to(world.device) if trained else train_grpo(config, ddt, reference, world)
+    if (out / "grpo" / "model.safetensors").exists() and not config.fresh:
+        world.say(f"{out}/grpo is trained (--fresh trains it again)")
+        policy = sft.load(out / "grpo", ddt=out / "ddt", sft=out / "sft").to(world.device)
+    else:
+        policy = train_grpo(config, ddt, reference, world)
     if world.main:
         for row, model in (("SFT", reference), ("SFT + RL", policy)):
             reward.add_row(out / "results.json", row, sft.predictor(model, ddt), names, ("posttrain", *sim.SHOWN),

@@ -151,6 +151,9 @@ class NextToken(nn.Module):
 def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
     folder = train.writable(Path(config.out, "sft"))
+    if config.fresh:
+        train.discard(folder)
+    train.made_of(folder, ddt=folder.parent / "ddt")
     S = 1 + FRAMES * ddt.config.queries
     model = Llama(LlamaConfig(1 + CODES, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
                               config.hidden // config.heads, max_position_embeddings=S, n_visual=CODES)).to(world.device)
@@ -180,10 +183,12 @@ def ensure(config, world: train.World) -> Llama:
     if not (folder / "model.safetensors").exists():
         world.say(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         main(["--preset", config.preset, "--out", config.out, "--seed", str(config.seed), "--scenario", config.scenario])
-    return load(folder).to(world.device)
+    return load(folder, ddt=folder.parent / "ddt").to(world.device)
 
 
-def load(folder: Path) -> Llama:
+def load(folder: Path, **sources: Path) -> Llama:
+    """A trained model, after a look at what it was made of. Raises train.Problem."""
+    train.made_of(folder, **sources)
     try:
         return Llama.load(folder).eval()
     except ValueError as error:
@@ -196,8 +201,11 @@ def main(argv: list[str] | None = None) -> None:
     out = train.writable(Path(config.out))
     names = tokenizer.scenarios(config.scenario)
     ddt = tokenizer.ensure(config, world)
-    trained = (out / "sft" / "model.safetensors").exists() and not config.fresh
-    model = load(out / "sft").to(world.device) if trained else train_sft(config, ddt, world)
+    if (out / "sft" / "model.safetensors").exists() and not config.fresh:
+        world.say(f"{out}/sft is trained (--fresh trains it again)")
+        model = load(out / "sft", ddt=out / "ddt").to(world.device)
+    else:
+        model = train_sft(config, ddt, world)
     if world.main:
         reward.add_row(out / "results.json", "SFT", predictor(model, ddt), names, sim.SHOWN, config.eval_clips,
                        size=ddt.config.size, device=world.device)

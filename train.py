@@ -29,6 +29,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,6 +320,34 @@ def resume(folder: Path, model: nn.Module, optimizer, config) -> int:
 def finish(folder: Path) -> None:
     """The stage's model is saved: its checkpoint has done its work."""
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """--fresh: what a stage had made is gone, so that a run killed half-way does not pass for the old one."""
+    for name in ("checkpoint.safetensors", "model.safetensors", "diffusion_pytorch_model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def made_of(folder: Path, **sources: Path) -> None:
+    """
+    Notes which models a stage starts from; raises Problem when the folder's model or checkpoint started from others.
+    Without it, a model would silently be used with the codes of a tokenizer that has been trained anew since.
+    """
+    now = {}
+    for name, source in sources.items():
+        with open(source / "model.safetensors", "rb") as file:
+            file.seek(-min(1 << 20, os.path.getsize(file.name)), os.SEEK_END)     # the last megabyte tells two trainings apart
+            now[name] = f"{zlib.crc32(file.read()):08x}"
+    note = folder / "made_of.json"
+    if note.exists() and any((folder / name).exists() for name in ("checkpoint.safetensors", "model.safetensors")):
+        then = json.loads(note.read_text())
+        other = [name for name in now if then.get(name) != now[name]]
+        if other:
+            raise Problem(f"{folder} was trained from another {other[0]} than {sources[other[0]]}: train it again with "
+                          f"`python {folder.name}.py --fresh --out {folder.parent}`, or choose another --out")
+    aside = note.with_name(f"{note.name}.{os.getpid()}.part")             # every rank writes the same
+    aside.write_text(json.dumps(now) + "\n")
+    os.replace(aside, note)
 
 
 # ------------------------------------------------------------------ log

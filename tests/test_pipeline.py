@@ -1,0 +1,187 @@
+"""
+The scripts as a user runs them, with a few steps each: alone, killed and continued, on two ranks, and with bad input.
+
+    pytest tests/test_pipeline.py
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+DDT = ["--vae_steps", "4", "--vae_batch", "8", "--steps", "8", "--quantize_at", "4", "--batch", "8", "--clips", "16",
+       "--eval_clips", "2", "--save_every", "2"]
+SFT = ["--steps", "4", "--batch", "4", "--clips", "16", "--eval_clips", "2", "--save_every", "1"]
+GRPO = ["--steps", "2", "--prompts", "3", "--group", "2", "--clips", "8", "--eval_clips", "2", "--save_every", "1"]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(script: str, *args: str, ranks: int = 0) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
+    return subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True, env=ENV, timeout=240)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def same(a: dict, b: dict, tolerance: float = 0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].double() - b[name].double()).abs().max() <= tolerance, name
+
+
+def steps(log: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run folder with every stage done in a few steps, each by its own command."""
+    out = tmp_path_factory.mktemp("run")
+    for script, args in (("ddt.py", DDT), ("sft.py", SFT), ("grpo.py", GRPO)):
+        result = run(script, "--out", out, *args)
+        assert result.returncode == 0, result.stderr
+        (out / f"{script}.txt").write_text(result.stdout)
+    return out
+
+
+def test_every_stage_leaves_a_model_a_log_and_no_checkpoint(finished):
+    for stage, n in (("vae", 4), ("ddt", 8), ("sft", 4), ("grpo", 2)):
+        assert steps(finished / stage / "log.jsonl") == list(range(n))
+        assert (finished / stage / "config.json").exists() and weights(finished / stage)
+        assert not (finished / stage / "checkpoint.safetensors").exists()
+    assert not list(finished.rglob("*.part"))
+
+
+def test_the_table_has_every_row_and_split(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert list(results) == ["ground truth", "VAE", "DDT", "SFT", "SFT + RL"]
+    for row, result in results.items():
+        assert {"iid", "ood", "slow", "fast", "small", "large"} <= set(result["uniform"])
+        assert row in (finished / "grpo.py.txt").read_text()
+    assert results["ground truth"]["uniform"]["iid"]["drift_error"] < 0.01
+
+
+def test_pictures_are_there(finished):
+    with Image.open(finished / "clips.gif") as gif:
+        assert gif.n_frames == 32
+    for name in ("clips.png", "ddt/reconstruction.png"):
+        with Image.open(finished / name) as picture:
+            assert picture.width > 200 and picture.height > 100
+
+
+def test_health_is_logged(finished):
+    line = json.loads((finished / "grpo" / "log.jsonl").read_text().splitlines()[0])
+    assert {"reward", "reward_std", "rewards/velocity/mean", "rewards/mass/mean", "frac_reward_zero_std", "kl", "entropy",
+            "clip_ratio/region_mean", "grad_norm", "learning_rate", "step_time"} <= set(line)
+    assert abs(line["kl"]) < 1e-5 and line["clip_ratio/region_mean"] == 0          # before the first update nothing has moved
+    assert abs(line["reward"] - line["rewards/velocity/mean"] - line["rewards/mass/mean"]) < 1e-3
+
+
+def test_a_finished_run_is_not_done_again(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    result = run("grpo.py", "--out", finished, *GRPO)
+    assert result.returncode == 0 and "missing" not in result.stderr
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("stage, script, args", [("ddt", "ddt.py", DDT), ("sft", "sft.py", SFT), ("grpo", "grpo.py", GRPO)])
+def test_killed_and_continued_equals_uninterrupted(finished, tmp_path, stage, script, args):
+    for name in ("vae", "ddt", "sft", "grpo"):
+        if name != stage:
+            shutil.copytree(finished / name, tmp_path / name)
+        else:
+            break
+    process = subprocess.Popen([sys.executable, ROOT / script, "--out", tmp_path, *args], env=ENV, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / stage / "checkpoint.safetensors"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists(), "killed too late: the stage was done"
+    result = run(script, "--out", tmp_path, *args)
+    assert result.returncode == 0, result.stderr
+    same(weights(tmp_path / stage), weights(finished / stage))
+    assert steps(tmp_path / stage / "log.jsonl") == steps(finished / stage / "log.jsonl")
+
+
+def test_ctrl_c_is_one_line(finished, tmp_path):
+    for name in ("vae", "ddt"):
+        shutil.copytree(finished / name, tmp_path / name)
+    process = subprocess.Popen([sys.executable, ROOT / "sft.py", "--out", tmp_path, *SFT, "--steps", "1000"], env=ENV,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "sft" / "checkpoint.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error and "goes on from the last checkpoint" in error
+
+
+def test_two_ranks_equal_one(finished, tmp_path):
+    """Same data, same noise, the same global batch: what differs is the order of a few sums."""
+    for script, args in (("ddt.py", DDT), ("sft.py", SFT)):
+        result = run(script, "--out", tmp_path, *args, ranks=2)
+        assert result.returncode == 0, result.stderr
+        if script == "ddt.py":
+            same(weights(tmp_path / "vae"), weights(finished / "vae"), 2e-3)
+    assert steps(tmp_path / "ddt" / "log.jsonl") == list(range(8))
+    result = run("grpo.py", "--out", tmp_path, *GRPO, ranks=2)                     # 3 prompts on 2 ranks
+    assert result.returncode == 0, result.stderr
+    assert steps(tmp_path / "grpo" / "log.jsonl") == [0, 1]
+
+
+@pytest.mark.parametrize("script, args, culprit", [
+    ("ddt.py", ["--preset", "huge"], "huge"),
+    ("ddt.py", ["--batchsize", "4"], "--batch"),
+    ("sft.py", ["--lr", "fast"], "--lr"),
+    ("grpo.py", ["--steps", "-1"], "--steps"),
+    ("grpo.py", ["--steps", "0"], "--steps"),
+    ("grpo.py", ["--group", "1"], "--group"),
+    ("grpo.py", ["--scenario", "pendulum"], "pendulum"),
+    ("ddt.py", ["--scenario", "pendulum"], "pendulum"),
+    ("ddt.py", ["--size", "30", "--vae_steps", "1", "--clips", "4", "--vae_batch", "2"], "--size"),
+    ("sim.py", ["--split", "nope"], "nope"),
+    ("reward.py", ["--n", "0"], "n = 0"),
+])
+def test_bad_flags_get_one_line(tmp_path, script, args, culprit):
+    out = [] if script in ("sim.py", "reward.py") else ["--out", tmp_path]
+    result = run(script, *out, *args)
+    assert result.returncode == 2
+    assert culprit in result.stderr.strip().splitlines()[-1] and "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_bad_folders_get_one_line(finished, tmp_path):
+    (tmp_path / "file").write_text("")
+    cases = {"unwritable": (["--out", tmp_path / "file" / "run"], "cannot write")}
+    for name in ("truncated", "foreign", "changed"):
+        shutil.copytree(finished / "vae", tmp_path / name / "vae")
+        shutil.copytree(finished / "ddt", tmp_path / name / "ddt")
+        (tmp_path / name / "sft").mkdir()
+    checkpoint = tmp_path / "truncated" / "sft" / "checkpoint.safetensors"
+    checkpoint.write_bytes((finished / "sft" / "model.safetensors").read_bytes()[:1000])
+    cases["truncated"] = (["--out", tmp_path / "truncated"], "checkpoint.safetensors")
+    shutil.copy(finished / "sft" / "model.safetensors", tmp_path / "foreign" / "sft" / "checkpoint.safetensors")
+    cases["foreign"] = (["--out", tmp_path / "foreign"], "not a checkpoint")
+    process = subprocess.Popen([sys.executable, ROOT / "sft.py", "--out", tmp_path / "changed", *SFT], env=ENV,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "changed" / "sft" / "checkpoint.safetensors").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    cases["changed"] = (["--out", tmp_path / "changed", "--lr", "0.5"], "lr was")
+    for name, (args, culprit) in cases.items():
+        result = run("sft.py", *SFT, *args)
+        assert result.returncode == 2, (name, result.stderr)
+        assert culprit in result.stderr and "Traceback" not in result.stderr, (name, result.stderr)
