@@ -322,7 +322,7 @@ def truncate(logits: Tensor, top_k: int = 50, top_p: float = 0.95) -> Tensor:
     The top_k most likely, and of these the fewest that hold top_p of their probability. Ties go to the lower index; at
     least one code stays. top_k = 1 is temperature 0.
     """
-    ordered, index = logits.float().sort(-1, descending=True, stable=True)
+    ordered, index = logits.float().sort(dim=-1, descending=True, stable=True)
     ordered = ordered.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= max(top_k, 1), -torch.inf)
     p = ordered.softmax(-1)
     keep = (p.cumsum(-1) - p < top_p) & (ordered > -torch.inf)                    # probability before it is still short

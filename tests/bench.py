@@ -1,11 +1,11 @@
 """
-How fast are the parts? Every section times two ways of doing the same work, in alternating repeats, so that whatever
-else the machine does slows both, and prints medians.
+How fast are the parts? Every section times two ways of doing the same work, in alternating repeats, so that
+whatever else the machine does slows both, and prints medians.
 
     python tests/bench.py              # every section
     python tests/bench.py sim          # one of them: clips simulated a second
 
-Takes 20 seconds on one CPU core.
+Takes 10 seconds on one CPU core.
 """
 import sys
 import time
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def alternate(ways, repeats=5):
-    """{name: function} -> {name: median seconds a call}: a call each to warm up, then all in turn, `repeats` times."""
+    """{name: function} -> {name: median seconds a call}. One call each to warm up, then `repeats` in turn."""
     seconds = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
@@ -28,7 +28,7 @@ def alternate(ways, repeats=5):
 
 
 def bench_sim():
-    """sim.simulate: many scenes in one pymunk Space beside one Space a clip, both with the same solver steps."""
+    """sim.simulate: many scenes in one Space beside one Space a clip, with the same solver steps."""
     import sim
     many, one = sim.SCENES, 32                                           # clips a call
     print(f"clips a second, {sim.SUBSTEPS} solver steps a frame, {sim.FRAMES} frames\n"

@@ -148,7 +148,8 @@ def by_hand(frames, clips, after_impact):
                 ball_drift.append((math.hypot(*total) + 10 * lost) / len(pairs))
             seen = [f for f in range(3, 32) if inside[b][f][i]]
             if seen:
-                wrong = [min(2, abs(radius[b][f][i] - true_radius[b][i])) if found[b][f][i] else 2 for f in seen]
+                wrong = [min(2, abs(radius[b][f][i] - true_radius[b][i])) if found[b][f][i] else 2
+                         for f in seen]
                 ball_radius.append(sum(wrong) / len(seen))
                 ball_missing.append(sum(not found[b][f][i] for f in seen) / len(seen))
         for name, values in zip(ERRORS, (ball_velocity, ball_drift, ball_radius, ball_missing)):

@@ -3,7 +3,7 @@ Clips of moving balls: physics against the closed form, conserved quantities, st
 
     pytest tests/test_sim.py
 
-Takes 35 seconds on one CPU core, 15 of them for simulating 37,000 clips: 1000 of every split.
+Takes 25 seconds on one CPU core, half of them for simulating 36,000 clips: 1000 of every split.
 """
 import math
 import subprocess
@@ -76,10 +76,8 @@ def test_radius_and_speed_fill_their_ranges(scenario, split):
         member = torch.stack([(values >= lo - 1e-9) & (values <= hi + 1e-9) for lo, hi in intervals])
         assert member.any(0).all()
         for (lo, hi), here in zip(intervals, member):                # both ends of every interval are reached
-            near = 0.05 * (hi - lo)
-            assert values[here].min() < lo + near
-            if (scenario, split) != ("collision", "fast"):         # two fast balls often have no room to meet
-                assert values[here].max() > hi - near
+            near = 0.06 * (hi - lo)
+            assert values[here].min() < lo + near and values[here].max() > hi - near
 
 
 @every_scenario

@@ -1,0 +1,253 @@
+"""
+GRPO: advantages within groups, the loss against its formula and its gradient, the rollout's bookkeeping.
+
+    pytest tests/test_grpo.py
+"""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ddt as tokenizer
+import grpo
+import sft
+import sim
+from grpo import advantages, grpo_loss
+from lm import Llama, LlamaConfig, draw, logprobs, truncate
+
+R, T, V = 6, 5, 12
+EVERYTHING = torch.ones(R, T, V, dtype=torch.bool)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def example(seed=0, top_k=8, top_p=0.9):
+    """Logits that want a gradient, the reference's, codes drawn from the policy, support, advantages."""
+    g = seeded(seed)
+    logits = (2 * torch.randn(R, T, V, generator=g)).requires_grad_()
+    logits_ref = logits.detach() + torch.randn(R, T, V, generator=g)
+    support = truncate(logits.detach(), top_k, top_p)
+    return logits, logits_ref, draw(logits.detach(), support, g), support, torch.randn(R, generator=g)
+
+
+def kl_by_hand(logits, logits_ref):
+    """KL(pi || pi_ref) of every token in float64, term by term: (R, T)."""
+    result = np.zeros(logits.shape[:2])
+    for i in np.ndindex(*result.shape):
+        p, q = (np.exp(x[i].detach().double().numpy()) for x in (logits, logits_ref))
+        p, q = p / p.sum(), q / q.sum()
+        result[i] = sum(a * math.log(a / b) for a, b in zip(p, q))
+    return torch.tensor(result)
+
+
+# ------------------------------------------------------------------ advantages
+
+
+def test_advantages_against_numpy():
+    reward = torch.rand(5, 8, generator=seeded())
+    for group, result in zip(reward.numpy(), advantages(reward)):
+        expected = (group - np.mean(group)) / (np.std(group, ddof=1) + grpo.NOISE)
+        np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_advantages_do_not_see_a_shift():
+    reward = torch.rand(5, 8, generator=seeded())
+    shift = torch.tensor([0.0, -1.0, 0.5, 3.0, 8.0])[:, None]
+    torch.testing.assert_close(advantages(reward + shift), advantages(reward), rtol=0, atol=1e-3)
+    torch.testing.assert_close(advantages(reward).mean(1), torch.zeros(5), rtol=0, atol=1e-6)
+
+
+def test_noise_is_not_told_apart():
+    reward = 0.7 + 1e-6 * torch.randn(4, 8, generator=seeded(), dtype=torch.float64)
+    assert 0 < advantages(reward).abs().max() < 1e-3
+    assert advantages(torch.full((4, 8), 0.3)).abs().max() < 1e-5
+
+
+def test_groups_do_not_mix():
+    reward = torch.rand(3, 8, generator=seeded())
+    other = torch.cat([reward[:1], 5 + 9 * reward[1:2], reward[2:]])
+    assert torch.equal(advantages(other)[[0, 2]], advantages(reward)[[0, 2]])
+    assert torch.equal(advantages(reward[[2, 0, 1]]), advantages(reward)[[2, 0, 1]])
+    assert torch.equal(advantages(reward)[0].argsort(), reward[0].argsort())
+
+
+# ------------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.02, 3.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_loss_and_gradient_at_ratio_one(beta, seed):
+    logits, logits_ref, codes, support, A = example(seed)
+    logp_old = logprobs(logits, codes, support).detach()
+    result = grpo_loss(logits, logits_ref, codes, support, logp_old, A, 0.2, beta)
+    kl = kl_by_hand(logits, logits_ref).mean(1).float()
+    torch.testing.assert_close(result["loss"], -A + beta * kl, rtol=1e-5, atol=1e-5)
+    assert all(x.shape == (R,) for x in result.values()) and not result["clipped"].any()
+
+    plain = -A[:, None] * logprobs(logits, codes, support)
+    log_pi, log_ref = logits.log_softmax(-1), logits_ref.log_softmax(-1)
+    plain = plain + beta * (log_pi.exp() * (log_pi - log_ref)).sum(-1)
+    gradient, expected = (torch.autograd.grad(x.sum(), logits)[0] for x in (result["loss"], plain.mean(1)))
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert gradient.abs().sum() > 0.1
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0])
+def test_clipping(sign, ratio):
+    """Beyond the clip there is nothing more to gain in the advantage's direction; the way back stays open."""
+    logits, logits_ref, codes, support, _ = example(top_k=V, top_p=0.999)
+    A = sign * torch.arange(1.0, R + 1)
+    logp_old = logprobs(logits, codes, support).detach() - math.log(ratio)
+    result = grpo_loss(logits, logits_ref, codes, support, logp_old, A, 0.2, 0.0)
+    clipped = ratio > 1.2 if sign > 0 else ratio < 0.8
+    torch.testing.assert_close(result["loss"], -(A * (min(max(ratio, 0.8), 1.2) if clipped else ratio)))
+    assert (result["clipped"] == float(clipped)).all()
+    strength = torch.autograd.grad(result["loss"].sum(), logits)[0].abs().sum(-1)                 # (R, T)
+    assert (strength == 0).all() if clipped else (strength > 0).all()
+
+
+def test_tokens_are_clipped_one_by_one():
+    logits, logits_ref, codes, support, _ = example(top_k=V, top_p=0.999)
+    ratio = torch.tensor([0.5, 1.0, 1.5, 1.1, 3.0]).expand(R, T)
+    logp_old = logprobs(logits, codes, support).detach() - ratio.log()
+    A = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    result = grpo_loss(logits, logits_ref, codes, support, logp_old, A, 0.2, 0.0)
+    strength = torch.autograd.grad(result["loss"].sum(), logits)[0].abs().sum(-1)
+    assert torch.equal(strength[:3] > 0, torch.tensor([True, True, False, True, False]).expand(3, T))
+    assert torch.equal(strength[3:] > 0, torch.tensor([False, True, True, True, True]).expand(3, T))
+    torch.testing.assert_close(result["loss"][:3], torch.full((3,), -(0.5 + 1.0 + 1.2 + 1.1 + 1.2) / 5))
+    torch.testing.assert_close(result["loss"][3:], torch.full((3,), (0.8 + 1.0 + 1.5 + 1.1 + 3.0) / 5))
+    torch.testing.assert_close(result["clipped"], torch.tensor([0.4] * 3 + [0.2] * 3))
+
+
+# ------------------------------------------------------------------ KL and entropy
+
+
+def measured(logits, logits_ref, codes, support):
+    logp_old = logprobs(logits, codes, support)
+    return grpo_loss(logits, logits_ref, codes, support, logp_old, torch.zeros(len(codes)), 0.2, 1.0)
+
+
+def test_kl_is_the_sum_over_all_codes():
+    logits, logits_ref, codes, support, _ = example()
+    result, by_hand = measured(logits, logits_ref, codes, support), kl_by_hand(logits, logits_ref)
+    torch.testing.assert_close(result["kl"].double(), by_hand.mean(1), rtol=1e-4, atol=1e-6)
+    assert by_hand.min() > 1e-3
+    p = logits.detach().double().softmax(-1)
+    entropy = -(p * p.log()).sum(-1).mean(1)
+    torch.testing.assert_close(result["entropy"].double(), entropy, rtol=1e-4, atol=1e-6)
+    same = measured(logits, logits.detach() + 3.0, codes, support)       # a softmax does not see the shift
+    assert same["kl"].abs().max() < 1e-6
+    assert torch.autograd.grad(same["loss"].sum(), logits)[0].abs().max() < 1e-6
+
+
+def test_kl_is_what_sampling_estimates():
+    logits, logits_ref, codes, support, _ = example()
+    exact = measured(logits, logits_ref, codes, support)["kl"][0]
+    n = 20_000
+    a, b = (x[0].detach().expand(n, T, V) for x in (logits, logits_ref))
+    everything = torch.ones(n, T, V, dtype=torch.bool)
+    drawn = draw(a, everything, seeded(3))
+    estimates = (logprobs(a, drawn, everything) - logprobs(b, drawn, everything)).mean(1)         # (n,)
+    assert abs(estimates.mean() - exact) < 4 * estimates.std() / n ** 0.5 < 0.2 * exact
+
+
+def test_untruncated_policy_is_the_softmax():
+    logits, logits_ref, codes, _, A = example()
+    logp = logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0]
+    torch.testing.assert_close(logprobs(logits, codes, EVERYTHING), logp)
+    assert truncate(logits.detach(), V, 1.0).all()
+    old = logp.detach() + 0.1 * torch.randn(R, T, generator=seeded(1))
+    ratio = (logp - old).exp()
+    expected = -torch.minimum(ratio * A[:, None], ratio.clamp(0.8, 1.2) * A[:, None]).mean(1)
+    result = grpo_loss(logits, logits_ref, codes, EVERYTHING, old, A, 0.2, 0.0)
+    torch.testing.assert_close(result["loss"], expected)
+
+
+# ------------------------------------------------------------------ with a model
+
+
+def language_model(n_visual=256):
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(1 + n_visual, 32, 48, 2, 4, 2, 8, n_visual=n_visual))
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def test_a_step_favours_what_was_better():
+    model = language_model(V)
+    ids = torch.randint(1, 1 + V, (R, 3 + T), generator=seeded())
+    codes, A = ids[:, -T:] - 1, torch.tensor([1.5, -1.5, 0.5, -0.5, 1.0, -1.0])
+
+    def logp():
+        return logprobs(grpo.scored(model, ids, T), codes, EVERYTHING)                            # (R, T)
+    before, reference = logp().detach(), grpo.scored(model, ids, T).detach()
+    logits = grpo.scored(model, ids, T)
+    grpo_loss(logits, reference, codes, EVERYTHING, before, A, 0.2, 0.02)["loss"].sum().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 1e-3 * p.grad
+    gained = (logp() - before).sum(1)
+    assert (gained.sign() == A.sign()).all()
+
+
+def test_scored_logits_are_those_before_each_code():
+    model = language_model(V)
+    ids = torch.randint(1, 1 + V, (2, 9), generator=seeded())
+    logits = grpo.scored(model, ids, 4)
+    assert logits.shape == (2, 4, V)
+    for i in range(4):
+        torch.testing.assert_close(logits[:, i], model.logits(model(ids[:, :5 + i]))[:, -1, 1:])
+
+
+@pytest.fixture(scope="module")
+def rollout():
+    """A real one, of random models: 3 clips, groups of 4."""
+    torch.manual_seed(0)
+    vae = tokenizer.VAE({"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 4,
+                         "norm_num_groups": 4, "scaling_factor": 1.0, "shift_factor": 0.0,
+                         "use_quant_conv": False, "use_post_quant_conv": False})
+    small = tokenizer.Config(size=16, queries=2, patch=4, image_width=16, query_width=16, encoder_layers=1,
+                             width=16, layers=1, heads=2)
+    ddt = tokenizer.DDT(small, vae).eval()
+    torch.nn.init.normal_(ddt.decoder.latent_out.weight)
+    policy, reference = language_model().eval(), language_model().eval()
+    with torch.no_grad():
+        reference.head.add_(0.05 * torch.randn(reference.head.shape, generator=seeded(4)))
+    config, clips = grpo.Config(group=4, top_k=20, top_p=0.9), sim.sample("uniform", "posttrain", 3)
+    r = grpo.rollout(policy, reference, ddt, clips, config, seeded(1))
+    return policy, reference, ddt, clips, config, r
+
+
+def test_ratio_is_one_before_the_first_update(rollout):
+    policy, _, _, _, config, r = rollout
+    logits = grpo.scored(policy, r.ids, r.codes.shape[1])
+    assert torch.equal(logprobs(logits, r.codes, r.support), r.logp_old)
+    result = grpo.Loss(policy, config)(r)
+    torch.testing.assert_close(result["loss"], -r.advantage + config.beta * result["kl"], rtol=0, atol=1e-5)
+    assert not result["clipped"].any() and result["kl"].min() > 1e-4
+    agree = truncate(logits, config.top_k, config.top_p) == r.support    # sampled with a cache, this without
+    assert agree.float().mean() > 0.9999 and r.support.sum(-1).max() <= 20
+    assert r.support.gather(-1, r.codes[..., None]).all()
+
+
+def test_rollouts_stand_beside_their_condition(rollout):
+    policy, reference, ddt, clips, _, r = rollout
+    T = (sim.FRAMES - sim.CONDITION) * 2
+    assert r.ids.shape == (12, 1 + 2 * sim.FRAMES)
+    assert r.codes.shape == (12, T) and r.support.shape == (12, T, 256)
+    for i, (ids, codes) in enumerate(zip(r.ids, r.codes)):
+        frames = sim.render(clips.position[i // 4][None], clips.radius[i // 4][None], 16)[0]
+        shown = sft.sequence(policy, ddt.encode(frames[:sim.CONDITION])[None])[0]
+        assert torch.equal(ids, torch.cat([shown, policy.first_code + codes]))
+    assert len(r.codes.unique(dim=0)) == 12                              # twelve different continuations
+    torch.testing.assert_close(r.logits_ref, grpo.scored(reference, r.ids, T))
+    assert not r.logp_old.requires_grad and not r.logits_ref.requires_grad
+    assert r.scores["reward"].shape == (3, 4)
+    assert torch.equal(advantages(r.scores["reward"]).flatten(), r.advantage)
