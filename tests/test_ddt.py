@@ -3,6 +3,7 @@ The tokenizer: VAE, the prefix of tokens, quantizer against a plain loop, the fl
 
     pytest tests/test_ddt.py
 """
+import copy
 import json
 import math
 import os
@@ -139,6 +140,15 @@ def test_later_tokens_have_exactly_no_influence(denoiser, k):
     assert (gradient[:, :k].abs().sum(-1) > 0).all()                     # and the earlier ones have some
 
 
+@pytest.mark.parametrize("k", range(K))
+@torch.no_grad()
+def test_later_tokens_are_as_if_there_were_none(denoiser, k):
+    model, latent, t, tokens = denoiser
+    shown, shorter = torch.full((4,), k), copy.deepcopy(model)
+    shorter.token_position = nn.Parameter(model.token_position[:k])
+    torch.testing.assert_close(model(latent, t, tokens, shown), shorter(latent, t, tokens[:, :k], shown))
+
+
 @torch.no_grad()
 def test_every_row_has_its_own_prefix_and_time(denoiser):
     model, latent, t, tokens = denoiser
@@ -230,7 +240,7 @@ def test_revived_codes_live():
     q = quantizer(codes=6)
     x = torch.randn(1, 6, 6, generator=seeded()).repeat(1, 10, 1)
     assert len(q.nearest(q.vectors(x)).unique()) < 6
-    for _ in range(200):
+    for _ in range(400):
         q(x)
     z = q.vectors(x)
     assert len(q.nearest(z).unique()) == 6
@@ -438,6 +448,20 @@ def test_save_and_load(ddt, tmp_path):
     assert torch.equal(loaded.encode(frames()), codes)
     for steps in (1, 4):
         assert torch.equal(loaded.decode(codes, steps, seeded()), ddt.decode(codes, steps, seeded()))
+
+
+@pytest.mark.parametrize("part", ["encoder.queries", "decoder.token_position", "quantizer.codebook"])
+def test_a_tokenizer_trained_anew_is_another(tmp_path, part):
+    """Whichever part has changed, however large the VAE: to later stages the codes mean something else."""
+    model = DDT(config(), small_vae(block_out_channels=[48, 96]))
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "model.safetensors").touch()
+    model.save(tmp_path / "ddt")
+    train.made_of(tmp_path / "sft", ddt=tmp_path / "ddt")
+    model.state_dict()[part].mul_(-1)
+    model.save(tmp_path / "ddt")
+    with pytest.raises(Problem, match="another ddt"):
+        train.made_of(tmp_path / "sft", ddt=tmp_path / "ddt")
 
 
 @pytest.mark.parametrize("convs", [False, True])

@@ -221,6 +221,9 @@ def rollout():
     with torch.no_grad():
         reference.head.add_(0.05 * torch.randn(reference.head.shape, generator=seeded(4)))
     config, clips = grpo.Config(group=4, top_k=20, top_p=0.9), sim.sample("uniform", "posttrain", 3)
+    frames = sim.render(clips.position, clips.radius, 16).flatten(0, 1)
+    with torch.no_grad():                                                # other frames, other codes
+        ddt.quantizer.fill(ddt.quantizer.vectors(ddt.encoder(ddt.latent(frames))).flatten(0, 1))
     r = grpo.rollout(policy, reference, ddt, clips, config, seeded(1))
     return policy, reference, ddt, clips, config, r
 
@@ -246,7 +249,7 @@ def test_rollouts_stand_beside_their_condition(rollout):
         frames = sim.render(clips.position[i // 4][None], clips.radius[i // 4][None], 16)[0]
         shown = sft.sequence(policy, ddt.encode(frames[:sim.CONDITION])[None])[0]
         assert torch.equal(ids, torch.cat([shown, policy.first_code + codes]))
-    assert len(r.codes.unique(dim=0)) == 12                              # twelve different continuations
+    assert len(r.codes.unique(dim=0)) == 12 and len(r.ids[:, :-T].unique(dim=0)) == 3
     torch.testing.assert_close(r.logits_ref, grpo.scored(reference, r.ids, T))
     assert not r.logp_old.requires_grad and not r.logits_ref.requires_grad
     assert r.scores["reward"].shape == (3, 4)

@@ -3,7 +3,7 @@ The language model: logits against transformers', the cache, sampling and scorin
 
     pytest tests/test_lm.py
 
-fixtures/llama31 is a small random Llama 3.1 that transformers wrote, with its logits and a greedy continuation.
+fixtures/llama31 is a small random Llama 3.1 that transformers wrote, with its logits and greedy continuation.
 """
 import json
 import math

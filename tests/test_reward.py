@@ -98,7 +98,8 @@ def test_the_smallest_ball_is_found_anywhere_at_32_pixels():
     assert found.all() and (center - position).norm(dim=-1).max() < 0.03
 
 
-@pytest.mark.parametrize("colour", [(0, 1, 0), (0, 0, 0), (0, 0, 1), (0.5, 0.5, 0.5), (1, 1, 0), (0, 1, 1)])
+@pytest.mark.parametrize("colour", [(0, 1, 0), (0, 0, 0), (0, 0, 1), (0.5, 0.5, 0.5), (1, 1, 0), (0, 1, 1),
+                                    (1, 0, 1)])
 def test_wrong_colours_are_no_red_ball(colour):
     frames = paint(thrown([1.0, 1.4]))
     assert reward.detect(frames, 1)[2].all()

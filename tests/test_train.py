@@ -355,6 +355,32 @@ def test_finish(folders):
     assert [path.name for path in a.iterdir()] == ["log.jsonl"]
 
 
+def test_discard(folders):
+    a, _ = folders
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors", "tokens.safetensors"):
+        (a / name).touch()
+    train.discard(a)
+    train.discard(a)
+    assert {path.name for path in a.iterdir()} == {"log.jsonl", "tokens.safetensors"}
+
+
+def test_what_a_stage_was_made_of(folders):
+    stage, source = folders
+    train.write_safetensors(source / "model.safetensors", {"x": torch.ones(9)}, {})
+    train.made_of(stage, source=source)
+    note = (stage / "made_of.json").read_text()
+    train.made_of(stage, source=source)                                 # the same again is no problem
+    train.write_safetensors(source / "model.safetensors", {"x": torch.zeros(9)}, {})
+    with pytest.raises(Problem) as problem:
+        train.made_of(stage, source=source)
+    assert all(word in str(problem.value) for word in (str(stage), str(source), "--fresh", "--out"))
+    assert (stage / "made_of.json").read_text() == note
+    train.discard(stage)
+    train.made_of(stage, source=source)                                 # nothing there that could not fit
+    assert (stage / "made_of.json").read_text() != note
+    assert {path.name for path in stage.iterdir()} == {"log.jsonl", "made_of.json"}
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_file_modes_follow_the_umask(tmp_path, umask):
     before = os.umask(umask)
