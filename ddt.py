@@ -15,8 +15,9 @@ Differences from the paper, and choices where it is silent
    through the noise until t is about 0.95; with uniform t the decoder never needs the tokens and they collapse to one code.
 2. Decoding is one call at t = 1 with all tokens. Euler steps are there too (`steps=`), but as sampling goes on the prefix
    shrinks and later calls know less than the first.
-3. Quantization starts at step `quantize_at`. Until then the decoder gets the continuous vectors: at step 0 they do not
-   depend on the picture, and a codebook filled from them is worth nothing.
+3. Quantization starts late, when the error at pure noise has left its plateau and so the encoder says where the ball is.
+   Until then the decoder gets the continuous vectors. At step 0 they do not depend on the picture, and a codebook filled
+   from them is worth nothing.
 4. `tiny` trains its own small VAE (mean squared error + KL; a disc on white needs no perceptual or adversarial loss) and
    8 queries instead of 16: as good when quantized late, and the language model trains on half the sequence.
 5. In the encoder the latent attends to itself only and the queries to both ("unified-direction").
@@ -58,7 +59,7 @@ class Config:
     save_every: int = 200       # steps between checkpoints
     # data
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
-    clips: int = 8000           # training clips (32 frames each) per scenario
+    clips: int = 6000           # training clips (32 frames each) per scenario
     size: int = 32              # pixels
     # VAE
     vae_width: int = 16         # channels of the first level; the others have twice as many
@@ -78,12 +79,13 @@ class Config:
     heads: int = 4
     shift: float = 8.0          # s of t = s u / (1 + (s - 1) u)
     pure_noise: float = 0.3     # share of steps with u = 1
-    quantize_at: int = 1200     # step
+    quantize_below: float = 0.05    # quantization starts when the mean error at pure noise has come down to this ...
+    quantize_by: float = 0.4        # ... and at this share of the steps at the latest
     commitment: float = 0.25
     # optimization
-    steps: int = 3000
+    steps: int = 4000
     batch: int = 64
-    lr: float = 1e-3
+    lr: float = 2e-3
     warmup: int = 100
     beta1: float = 0.9
     beta2: float = 0.99
@@ -257,7 +259,10 @@ class VAE(nn.Module):
     def load(cls, folder) -> "VAE":
         """A folder in diffusers' layout. Raises train.Problem for what is missing, damaged or does not fit."""
         config, tensors = load_folder(folder, "diffusion_pytorch_model.safetensors")
-        vae = cls(config)
+        try:
+            vae = cls(config)
+        except (KeyError, TypeError) as error:
+            raise train.Problem(f"{folder}/config.json is not that of an AutoencoderKL ({error})") from None
         train.load_state(vae, tensors, Path(folder))
         return vae.eval().requires_grad_(False)
 
@@ -271,7 +276,7 @@ class EMAVectorQuantizer(nn.Module):
     2017, appendix A.1). Statistics are summed over ranks, so that the codebooks stay identical. All in fp32.
     """
 
-    def __init__(self, width: int, codes: int = 256, dim: int = 16, decay: float = 0.99, dead_below: float = 0.2):
+    def __init__(self, width: int, codes: int = 256, dim: int = 16, decay: float = 0.95, dead_below: float = 0.2):
         super().__init__()
         self.decay, self.dead_below = decay, dead_below
         self.project = nn.Linear(width, dim)
@@ -496,6 +501,7 @@ class DDT(nn.Module):
         self.encoder = QFormer(channels, side, config)
         self.quantizer = EMAVectorQuantizer(config.query_width)
         self.decoder = MMDiT(channels, side, self.quantizer.codebook.shape[1], config)
+        self.register_buffer("noise_mse", torch.ones(()))       # running mean of the error at t = 1; 1: nothing learnt
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -534,7 +540,7 @@ class DDT(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor, steps: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """codes (B, K) -> frames (B, 3, H, W) in [0, 1]. The noise to start from comes from the generator."""
-        if codes.ndim != 2 or codes.shape[1] != self.config.queries or codes.min() < 0 \
+        if codes.ndim != 2 or codes.shape[1] != self.config.queries or not len(codes) or codes.min() < 0 \
                 or codes.max() >= len(self.quantizer.codebook):
             raise ValueError(f"codes must be (B, {self.config.queries}) in [0, {len(self.quantizer.codebook)}); "
                              f"got {tuple(codes.shape)}")
@@ -561,7 +567,10 @@ class DDT(nn.Module):
     def load(cls, folder) -> "DDT":
         """A folder written by `save`. Raises train.Problem for what is missing, damaged or does not fit."""
         config, tensors = load_folder(folder, "model.safetensors")
-        ddt = cls(Config(**config["ddt"]), VAE(config["vae"]))
+        try:
+            ddt = cls(Config(**config["ddt"]), VAE(config["vae"]))
+        except (KeyError, TypeError) as error:
+            raise train.Problem(f"{folder}/config.json is not that of a tokenizer of this version ({error})") from None
         train.load_state(ddt, tensors, Path(folder))
         return ddt.eval().requires_grad_(False)
 
@@ -688,7 +697,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             u = torch.where(torch.rand(B, generator=generator) < config.pure_noise, 1.0, u)
             noise = torch.randn(B, *x0.shape[1:], generator=generator)
             u, noise = world.share(u).to(device), world.share(noise).to(device)
-            if step == config.quantize_at:
+            if not ddt.quantizer.active and (ddt.noise_mse < config.quantize_below or step >= config.quantize_by * config.steps):
                 rows = world.share(train.rows(config.seed, step, 16 * B, len(data)))
                 with torch.no_grad():
                     z = ddt.quantizer.vectors(ddt.encoder(ddt.latent(data[rows])))
@@ -697,15 +706,15 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             health = train.update(model, optimizer, result["loss"].sum() / B, step, config)
             pure = u == 1
             at_noise = train.total(torch.stack([result["mse"][pure].sum(), pure.sum()]))
+            mse_noise = at_noise[0].detach() / at_noise[1].clamp(min=1)
+            ddt.noise_mse.lerp_(mse_noise, 0.05 if at_noise[1] else 0)
             q = ddt.quantizer
             use = q.count / q.count.sum()
-            log(step, mse=train.total(result["mse"].sum()) / B, mse_noise=at_noise[0] / at_noise[1].clamp(min=1),
+            log(step, mse=train.total(result["mse"].sum()) / B, mse_noise=mse_noise,
                 commitment=train.total(result["commitment"].sum()) / B,
                 codes_used=int((use > 0.1 / len(use)).sum()) if q.active else 0,
                 perplexity=math.exp(-(use * (use + 1e-9).log()).sum()) if q.active else 0.0, **health)
             train.checkpoint(folder, ddt, optimizer, step, config, world)
-    if not ddt.quantizer.active:
-        raise train.Problem(f"--quantize_at {config.quantize_at} lies behind the last step ({config.steps}): lower it")
     if world.main:
         reward.drop_row(folder.parent / "results.json", "DDT")
         ddt.save(folder)
@@ -739,6 +748,11 @@ def ensure(config, world: train.World) -> DDT:
 
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
+    if config.quantize_by >= 1:
+        raise train.Problem(f"--quantize_by {config.quantize_by}: a share of the steps, below 1")
+    if config.size % (2 ** (config.vae_levels - 1) * config.patch):
+        raise train.Problem(f"--size {config.size}: must be a multiple of {2 ** (config.vae_levels - 1) * config.patch} "
+                            "(what VAE and patches shrink it by)")
     world = train.start(config.seed)
     out, device = train.writable(Path(config.out)), world.device
     names = scenarios(config.scenario)

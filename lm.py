@@ -305,7 +305,11 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     if not index.exists():
         return {folder / "model.safetensors": []}
     shards: dict[Path, list[str]] = {}
-    for name, shard in json.loads(index.read_text())["weight_map"].items():
+    try:
+        listed = json.loads(index.read_text())["weight_map"]
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{index} cannot be used ({error})") from None
+    for name, shard in listed.items():
         if Path(shard).name != shard:
             raise ValueError(f"{index} points outside its folder: {shard!r}")
         shards.setdefault(folder / shard, []).append(name)
@@ -325,7 +329,8 @@ def truncate(logits: Tensor, top_k: int = 50, top_p: float = 0.95) -> Tensor:
     ordered, index = logits.float().sort(dim=-1, descending=True, stable=True)
     ordered = ordered.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= max(top_k, 1), -torch.inf)
     p = ordered.softmax(-1)
-    keep = (p.cumsum(-1) - p < top_p) & (ordered > -torch.inf)                    # probability before it is still short
+    short = (p.cumsum(-1) - p < top_p) | (top_p >= 1)                             # the probability before it is short
+    keep = short & (ordered > -torch.inf)
     keep[..., 0] = True
     return torch.zeros_like(keep).scatter(-1, index, keep)
 

@@ -42,7 +42,7 @@ class Config:
     save_every: int = 100       # steps between checkpoints
     # data
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
-    clips: int = 8000           # training clips per scenario
+    clips: int = 6000           # training clips per scenario
     # model
     hidden: int = 128
     ffn: int = 384
@@ -50,7 +50,7 @@ class Config:
     heads: int = 4
     kv_heads: int = 2
     # optimization
-    steps: int = 900
+    steps: int = 1000
     batch: int = 32
     lr: float = 1.5e-3
     warmup: int = 50

@@ -29,6 +29,7 @@ import math
 import os
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,14 +170,16 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
     """DistributedDataParallel if there are several ranks. Buffers (EMA codebooks) keep themselves equal."""
     if world.size == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)      # torch 2.13 renames broadcast_buffers, 2.11 knows no other
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 # ------------------------------------------------------------------ randomness and the order of the data
 
 def generator(*key: int, device="cpu") -> torch.Generator:
     """A generator that is a function of integers such as (seed, step)."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1))
 
 
 @functools.lru_cache(maxsize=2)
@@ -336,8 +339,10 @@ def made_of(folder: Path, **sources: Path) -> None:
     now = {}
     for name, source in sources.items():
         with open(source / "model.safetensors", "rb") as file:
-            file.seek(-min(1 << 20, os.path.getsize(file.name)), os.SEEK_END)     # the last megabyte tells two trainings apart
-            now[name] = f"{zlib.crc32(file.read()):08x}"
+            crc = 0
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+        now[name] = f"{crc:08x}"
     note = folder / "made_of.json"
     if note.exists() and any((folder / name).exists() for name in ("checkpoint.safetensors", "model.safetensors")):
         then = json.loads(note.read_text())

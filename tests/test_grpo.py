@@ -11,6 +11,7 @@ import torch
 
 import ddt as tokenizer
 import grpo
+import reward
 import sft
 import sim
 from grpo import advantages, grpo_loss
@@ -254,3 +255,15 @@ def test_rollouts_stand_beside_their_condition(rollout):
     assert not r.logp_old.requires_grad and not r.logits_ref.requires_grad
     assert r.scores["reward"].shape == (3, 4)
     assert torch.equal(advantages(r.scores["reward"]).flatten(), r.advantage)
+
+
+def test_rollouts_are_scored_against_their_own_clip(rollout, monkeypatch):
+    """Were every continuation the true one, all of a group would score what the truth scores."""
+    policy, reference, ddt, clips, config, _ = rollout
+    truth = sim.render(clips.position, clips.radius, 16)
+    monkeypatch.setattr(sft, "decode", lambda *_: truth[:, sim.CONDITION:].repeat_interleave(4, 0))
+    scores = grpo.rollout(policy, reference, ddt, clips, config, seeded(1)).scores
+    for name, expected in reward.reward(truth, clips).items():
+        torch.testing.assert_close(scores[name], expected[:, None].expand(3, 4))
+    scrambled = reward.reward(truth.roll(1, 0), clips)["reward"]
+    assert (scrambled < scores["reward"][:, 0] - 0.1).all()              # another clip's would score less

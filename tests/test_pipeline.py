@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-DDT = ["--vae_steps", "4", "--vae_batch", "8", "--steps", "8", "--quantize_at", "4", "--batch", "8", "--clips", "16",
+DDT = ["--vae_steps", "4", "--vae_batch", "8", "--steps", "8", "--batch", "8", "--clips", "16",
        "--eval_clips", "2", "--save_every", "2"]
 SFT = ["--steps", "4", "--batch", "4", "--clips", "16", "--eval_clips", "2", "--save_every", "1"]
 GRPO = ["--steps", "2", "--prompts", "3", "--group", "2", "--clips", "8", "--eval_clips", "2", "--save_every", "1"]
@@ -150,7 +150,7 @@ def test_two_ranks_equal_one(finished, tmp_path):
     ("grpo.py", ["--group", "1"], "--group"),
     ("grpo.py", ["--scenario", "pendulum"], "pendulum"),
     ("ddt.py", ["--scenario", "pendulum"], "pendulum"),
-    ("ddt.py", ["--size", "30", "--vae_steps", "1", "--clips", "4", "--vae_batch", "2"], "--size"),
+    ("ddt.py", ["--size", "30"], "--size"),
     ("sim.py", ["--split", "nope"], "nope"),
     ("reward.py", ["--n", "0"], "n = 0"),
 ])
