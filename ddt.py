@@ -270,6 +270,13 @@ class VAE(nn.Module):
 # ------------------------------------------------------------------ quantizer
 
 
+def over_ranks(x: Tensor) -> Tensor:
+    """Sum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 class EMAVectorQuantizer(nn.Module):
     """
     Nearest of N codes by cosine similarity; the codes follow the vectors they are matched with (EMA, van den Oord et al.
@@ -313,7 +320,7 @@ class EMAVectorQuantizer(nn.Module):
     def update(self, z: Tensor, codes: Tensor) -> None:
         """One EMA step with vectors z (n, dim) matched to codes (n,), then revival of dead codes."""
         count = torch.bincount(codes, minlength=len(self.codebook)).float()
-        total = train.total(torch.cat([count[:, None], torch.zeros_like(self.sum).index_add_(0, codes, z)], 1))
+        total = over_ranks(torch.cat([count[:, None], torch.zeros_like(self.sum).index_add_(0, codes, z)], 1))
         self.count.lerp_(total[:, 0], 1 - self.decay)
         self.sum.lerp_(total[:, 1:], 1 - self.decay)
         self.codebook.copy_(F.normalize(self.sum, dim=-1))
@@ -333,16 +340,17 @@ class EMAVectorQuantizer(nn.Module):
         sizes = torch.zeros(dist.get_world_size() if dist.is_initialized() else 1, dtype=torch.int64, device=z.device)
         rank = dist.get_rank() if dist.is_initialized() else 0
         sizes[rank] = len(z)
-        sizes = train.total(sizes)
-        mine = torch.randint(int(sizes.sum()), (len(self.codebook),), generator=train.generator(int(self.updates)))
+        sizes = over_ranks(sizes)
+        generator = torch.Generator().manual_seed(int(self.updates))
+        mine = torch.randint(int(sizes.sum()), (len(self.codebook),), generator=generator)
         mine = mine.to(z.device) - sizes[:rank].sum()
         here = (mine >= 0) & (mine < len(z))
-        return train.total(torch.where(here[:, None], z[mine.clamp(0, len(z) - 1)], 0))
+        return over_ranks(torch.where(here[:, None], z[mine.clamp(0, len(z) - 1)], 0))
 
     @torch.no_grad()
     def fill(self, z: Tensor) -> None:
         """Starts quantizing: codes are random encoder vectors of z (n, dim), followed by 10 k-means rounds."""
-        n = train.total(torch.tensor(float(len(z)), device=z.device))
+        n = over_ranks(torch.tensor(float(len(z)), device=z.device))
         self.place(torch.ones_like(self.count, dtype=torch.bool), self.random_vectors(z), n / len(self.codebook))
         decay, self.decay = self.decay, 0.0
         for _ in range(10):
@@ -390,7 +398,7 @@ class Stream(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
 
     def before(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """x (B, L, D), condition (B, C) -> q, k, v stacked (3, B, heads, L, head_dim), modulation for `after`."""
+        """x (B, L, D), condition (B, C) -> q, k, v (B, heads, L, head_dim) each, modulation for `after`."""
         shift, scale, *rest = (0, 0, 1, 0, 0, 1) if self.modulation is None else \
             self.modulation(F.silu(condition))[:, None].chunk(2 if self.last else 6, -1)
         h = self.qkv(self.norm1(x) * (1 + scale) + shift)

@@ -59,7 +59,7 @@ class Config:
     eps: float = 1e-6
     weight_decay: float = 0.05
     clip: float = 1.0           # gradient norm; 0: no clipping
-    eval_clips: int = 64        # per split of the table at the end
+    eval_clips: int = 128       # per split of the table at the end
 
 
 PRESETS = {
