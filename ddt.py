@@ -80,13 +80,13 @@ class Config:
     shift: float = 8.0          # s of t = s u / (1 + (s - 1) u)
     pure_noise: float = 0.3     # share of steps with u = 1
     quantize_below: float = 0.05    # quantization starts when the mean error at pure noise has come down to this ...
-    quantize_by: float = 0.4        # ... and at this share of the steps at the latest
+    quantize_by: float = 0.5        # ... and at this share of the steps at the latest
     commitment: float = 0.25
     # optimization
     steps: int = 4000
     batch: int = 64
-    lr: float = 2e-3
-    warmup: int = 100
+    lr: float = 1.5e-3
+    warmup: int = 800           # long: at 2e-3 at once, the plateau took 600 to 1500 steps to leave, at 1e-3 half of that
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
@@ -643,7 +643,7 @@ def train_vae(config: Config, world: train.World) -> VAE:
                "up_block_types": ["UpDecoderBlock2D"] * config.vae_levels,
                "use_quant_conv": False, "use_post_quant_conv": False,
                "scaling_factor": 1.0, "shift_factor": 0.0}).to(world.device)
-    c = dataclasses.replace(config, steps=config.vae_steps, lr=config.vae_lr, batch=config.vae_batch)
+    c = dataclasses.replace(config, steps=config.vae_steps, lr=config.vae_lr, batch=config.vae_batch, warmup=config.vae_steps // 6)
     optimizer = train.adamw(vae, c)
     first = train.resume(folder, vae, optimizer, c)
     world.say(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters, {c.steps} steps of {c.batch} frames")
