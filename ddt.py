@@ -92,13 +92,13 @@ class Config:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0           # gradient norm; 0: no clipping
-    eval_clips: int = 32        # per split of the table at the end
+    eval_clips: int = 32        # per split of the reconstruction table; each is 32 frames
 
 
 PRESETS = {
     "tiny": {},
 }
-EXPECTED = {"tiny": "About 8 minutes on 2 CPU cores."}
+EXPECTED = {"tiny": "About 10 minutes on 2 CPU cores."}
 
 # ------------------------------------------------------------------ VAE (diffusers' AutoencoderKL)
 
@@ -209,6 +209,9 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))                       # (B, 3, H, W)
 
 
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
 class VAE(nn.Module):
     """
     AutoencoderKL with diffusers' parameter names and config.json, so that SD1's and SD3's folders are the same thing.
@@ -253,12 +256,12 @@ class VAE(nn.Module):
         return self.reconstruct(latents / self.config["scaling_factor"] + (self.config.get("shift_factor") or 0))
 
     def save(self, folder) -> None:
-        save_folder(folder, self.config, self, "diffusion_pytorch_model.safetensors")
+        save_folder(folder, self.config, self, VAE_WEIGHTS)
 
     @classmethod
     def load(cls, folder) -> "VAE":
         """A folder in diffusers' layout. Raises train.Problem for what is missing, damaged or does not fit."""
-        config, tensors = load_folder(folder, "diffusion_pytorch_model.safetensors")
+        config, tensors = load_folder(folder, VAE_WEIGHTS)
         try:
             vae = cls(config)
         except (KeyError, TypeError) as error:
@@ -300,7 +303,7 @@ class EMAVectorQuantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Unit vectors (..., dim) -> index of the most similar code (...)."""
-        return (z @ self.codebook.T).argmax(-1)
+        return (z.double() @ self.codebook.T.double()).argmax(-1)     # no tf32: near ties must not depend on the device
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, K, D) -> vectors for the decoder (B, K, dim), codes (B, K), commitment loss per row (B,)."""
@@ -552,6 +555,8 @@ class DDT(nn.Module):
                 or codes.max() >= len(self.quantizer.codebook):
             raise ValueError(f"codes must be (B, {self.config.queries}) in [0, {len(self.quantizer.codebook)}); "
                              f"got {tuple(codes.shape)}")
+        if steps < 1:
+            raise ValueError(f"steps = {steps}: at least one call of the decoder")
         noise = torch.randn(len(codes), self.vae.config["latent_channels"], *2 * [self.config.size // self.vae.shrink],
                             generator=generator, device=codes.device)
         latent = self.sample(self.quantizer.codebook[codes], noise, steps)
@@ -568,7 +573,7 @@ class DDT(nn.Module):
         return x
 
     def save(self, folder) -> None:
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in train.FREE}
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("out", "fresh", "save_every")}
         save_folder(folder, {"ddt": config, "vae": self.vae.config}, self, "model.safetensors")
 
     @classmethod
@@ -601,18 +606,12 @@ def load_folder(folder, name: str) -> tuple[dict, dict[str, Tensor]]:
 # ------------------------------------------------------------------ training
 
 
-def scenarios(name: str) -> list[str]:
-    if name != "all" and name not in sim.SCENARIOS:
-        raise train.Problem(f"unknown scenario {name!r}: choose one of all, {', '.join(sim.SCENARIOS)}")
-    return list(sim.SCENARIOS) if name == "all" else [name]
-
-
 class Frames:
     """Single frames of training clips, painted when they are asked for. Index i is frame i % 32 of clip i // 32."""
 
     def __init__(self, config: Config, device):
         self.size, self.device = config.size, device
-        self.clips = [sim.sample(s, "pretrain", config.clips, config.seed) for s in scenarios(config.scenario)]
+        self.clips = [sim.sample(s, "pretrain", config.clips, config.seed) for s in train.scenarios(config.scenario)]
         self.n = [len(c) * sim.FRAMES for c in self.clips]
 
     def __len__(self) -> int:
@@ -633,8 +632,7 @@ class Frames:
 def train_vae(config: Config, world: train.World) -> VAE:
     """Trains a small AutoencoderKL on single frames and saves it in <out>/vae."""
     folder = train.writable(Path(config.out, "vae"))
-    if config.fresh:
-        train.discard(folder)
+    torch.manual_seed(config.seed)
     width = config.vae_width
     vae = VAE({"_class_name": "AutoencoderKL", "block_out_channels": [width] + [2 * width] * (config.vae_levels - 1),
                "layers_per_block": 1, "latent_channels": config.vae_latent, "norm_num_groups": 8,
@@ -661,11 +659,8 @@ def train_vae(config: Config, world: train.World) -> VAE:
     with torch.no_grad():       # latents of zero mean and unit variance: the flow mixes them with unit noise
         mean = vae.moments(2 * data[train.rows(c.seed, 0, 512, len(data))] - 1)[0]
     vae.config |= {"shift_factor": mean.mean().item(), "scaling_factor": 1 / mean.std().item()}
-    if world.main:
-        reward.drop_row(folder.parent / "results.json", "VAE")
-        vae.save(folder)
-        train.finish(folder)
-    train.wait(world)
+    reward.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
+    train.finish(folder, vae.save, c, vae, world)
     return vae.eval().requires_grad_(False)
 
 
@@ -686,8 +681,8 @@ class AutoencoderLoss(nn.Module):
 def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     """Trains encoder, quantizer and decoder together and saves the tokenizer in <out>/ddt."""
     folder = train.writable(Path(config.out, "ddt"))
-    if config.fresh:
-        train.discard(folder)
+    train.made_of(folder, vae=folder.parent / "vae" / VAE_WEIGHTS)
+    torch.manual_seed(config.seed)
     ddt = DDT(config, vae).to(world.device)
     optimizer = train.adamw(ddt, config)
     first = train.resume(folder, ddt, optimizer, config)
@@ -718,16 +713,13 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             ddt.noise_mse.lerp_(mse_noise, 0.05 if at_noise[1] else 0)
             q = ddt.quantizer
             use = q.count / q.count.sum()
-            log(step, mse=train.total(result["mse"].sum()) / B, mse_noise=mse_noise,
+            log(step, mse=train.total(result["mse"].sum()) / B, mse_noise=ddt.noise_mse,
                 commitment=train.total(result["commitment"].sum()) / B,
                 codes_used=int((use > 0.1 / len(use)).sum()) if q.active else 0,
                 perplexity=math.exp(-(use * (use + 1e-9).log()).sum()) if q.active else 0.0, **health)
             train.checkpoint(folder, ddt, optimizer, step, config, world)
-    if world.main:
-        reward.drop_row(folder.parent / "results.json", "DDT")
-        ddt.save(folder)
-        train.finish(folder)
-    train.wait(world)
+    reward.drop_rows(folder.parent / "results.json", "DDT", "SFT", "SFT + RL")
+    train.finish(folder, ddt.save, config, ddt, world)
     return ddt.eval().requires_grad_(False)
 
 
@@ -746,43 +738,77 @@ def reconstruction(model: VAE | DDT) -> Callable[[Tensor], Tensor]:
     return predict
 
 
+def report(config, ddt: DDT, world: train.World) -> None:
+    """The tokenizer's rows of the result table and <out>/ddt/reconstruction.png. What is there already is not done again."""
+    picture = Path(config.out, "ddt", "reconstruction.png")
+    if world.is_main:
+        names, device, size = train.scenarios(config.scenario), world.device, ddt.config.size
+        for row, predict in (("ground truth", lambda frames: frames), ("VAE", reconstruction(ddt.vae)),
+                             ("DDT", reconstruction(ddt))):
+            reward.add_row(Path(config.out, "results.json"), row, predict, names, sim.SHOWN, ddt.config.eval_clips, size=size,
+                           shown=sim.FRAMES, device=device)
+        if not picture.exists():
+            clips = [sim.sample(name, split, 1, reward.EVAL_SEED) for name in names for split in ("iid", "small", "large")]
+            truth = [sim.render(c.position, c.radius, size).to(device) for c in clips]
+            rows = [x for frames in truth for x in (frames[0], reconstruction(ddt)(frames)[0])]
+            sim.save_strip(picture, rows, ["truth", "DDT"] * len(truth), pixels=64)
+    train.wait(world)
+
+
+def center_error(ddt: DDT, scenario: str, device, n: int = 32) -> tuple[float, int]:
+    """Median distance of the found from the true centre, one-call reconstruction of in-distribution clips; codes used."""
+    clips = sim.sample(scenario, "iid", n, reward.EVAL_SEED).to(device)
+    frames = sim.render(clips.position, clips.radius, ddt.config.size)
+    center, _, _ = reward.detect(reconstruction(ddt)(frames), clips.radius.shape[1])
+    used = len(ddt.encode(frames.flatten(0, 1)).unique())
+    return (center - clips.position).norm(dim=-1)[clips.inside].nanmedian().item(), used
+
+
 def ensure(config, world: train.World) -> DDT:
     """The tokenizer of <out>: loaded, or made first, together with its VAE."""
-    if not Path(config.out, "ddt", "model.safetensors").exists():
-        world.say(f"{config.out}/ddt is missing: training it first. {EXPECTED.get(config.preset, '')}")
+    folder = Path(config.out, "ddt")
+    if not (folder / "model.safetensors").exists():
+        world.say(f"{folder} is missing: making it first. {EXPECTED.get(config.preset, '')}")
         main(["--preset", config.preset, "--out", config.out, "--seed", str(config.seed), "--scenario", config.scenario])
-    return DDT.load(Path(config.out, "ddt")).to(world.device)
+    ddt = DDT.load(folder).to(world.device)
+    train.need(set(train.scenarios(config.scenario)) <= set(train.scenarios(ddt.config.scenario)),
+               f"--scenario {config.scenario}: the tokenizer in {folder} was trained on {ddt.config.scenario}; choose another --out")
+    report(config, ddt, world)
+    return ddt
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = train.parse(Config, PRESETS, argv)
-    if config.quantize_by >= 1:
-        raise train.Problem(f"--quantize_by {config.quantize_by}: a share of the steps, below 1")
-    if config.size % (2 ** (config.vae_levels - 1) * config.patch):
-        raise train.Problem(f"--size {config.size}: must be a multiple of {2 ** (config.vae_levels - 1) * config.patch} "
-                            "(what VAE and patches shrink it by)")
-    world = train.start(config.seed)
-    out, device = train.writable(Path(config.out)), world.device
-    names = scenarios(config.scenario)
-    if (out / "vae" / "diffusion_pytorch_model.safetensors").exists() and not config.fresh:
-        vae = VAE.load(out / "vae").to(device)
+    config = c = train.parse(Config, PRESETS, argv)
+    train.scenarios(c.scenario)
+    shrink = 2 ** (c.vae_levels - 1) * c.patch
+    train.need(c.quantize_by < 1, f"--quantize_by {c.quantize_by}: a share of the steps, below 1")
+    train.need(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink} (what VAE and patches shrink it by)")
+    train.need(c.vae_width % 8 == 0, f"--vae_width {c.vae_width}: must be a multiple of 8 (its norms have 8 groups)")
+    train.need(c.query_width % c.heads == 0 and c.width % (4 * c.heads) == 0 and c.image_width % 4 == 0,
+               f"--query_width {c.query_width}, --width {c.width}, --image_width {c.image_width} must divide by --heads {c.heads} "
+               "(and --width and --image_width by 4)")
+    world = train.start(c.seed)
+    out = train.writable(Path(c.out))
+    train.occupy(out, world)
+    if c.fresh:
+        train.discard(out / "vae")
+        train.discard(out / "ddt")
+        Path(out, "ddt", "reconstruction.png").unlink(missing_ok=True)
+    if (out / "vae" / VAE_WEIGHTS).exists():
+        vae = VAE.load(out / "vae").to(world.device)
     else:
-        vae = train_vae(config, world)
-    if (out / "ddt" / "model.safetensors").exists() and not config.fresh:
-        world.say(f"{out}/ddt is trained (--fresh trains it again)")
-        ddt = DDT.load(out / "ddt").to(device)
+        vae = train_vae(c, world)
+    if train.is_trained(out / "ddt", "model.safetensors", c, world):
+        ddt = DDT.load(out / "ddt").to(world.device)
     else:
-        ddt = train_ddt(config, vae, world)
-    if world.main:
-        for row, predict in (("ground truth", lambda frames: frames), ("VAE", reconstruction(vae)), ("DDT", reconstruction(ddt))):
-            reward.add_row(out / "results.json", row, predict, names, sim.SHOWN, config.eval_clips, size=config.size,
-                           shown=sim.FRAMES, device=device)
+        ddt = train_ddt(c, vae, world)
+    report(c, ddt, world)
+    if world.is_main:
         print(reward.table(out / "results.json"))
-        columns = [sim.sample(name, split, 1) for name in names for split in ("iid", "small", "large")]
-        truth = [sim.render(c.position, c.radius, config.size).to(device) for c in columns]
-        rows = [x for frames in truth for x in (frames[0], reconstruction(ddt)(frames)[0])]
-        sim.save_strip(out / "ddt" / "reconstruction.png", rows, ["truth", "DDT"] * len(truth))
-        print(f"\npictures: {out}/ddt/reconstruction.png")
+        for name in train.scenarios(c.scenario):
+            median, used = center_error(ddt, name, world.device)
+            print(f"\n{name}: median centre error {median:.4f} world units, {used} codes in use")
+        print(f"picture: {out}/ddt/reconstruction.png")
     train.wait(world)
 
 

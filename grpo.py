@@ -77,6 +77,7 @@ class Config:
 PRESETS = {
     "tiny": {},
 }
+EXPECTED = {"tiny": "About 6 minutes on 2 CPU cores."}
 NOISE = 0.01                    # the reward's standard deviation between two decodings of the same codes is 0.013 at tiny
 
 # ------------------------------------------------------------------ the algorithm
@@ -98,7 +99,7 @@ def advantages(reward: Tensor) -> Tensor:
     return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + NOISE)
 
 
-def scored(model: nn.Module, ids: Tensor, T: int) -> Tensor:
+def last_logits(model: nn.Module, ids: Tensor, T: int) -> Tensor:
     """Logits over the visual codes for the last T tokens: ids (R, S) -> (R, T, V)."""
     return model.visual_logits(model(ids[:, :-1])[:, -T:])
 
@@ -116,6 +117,7 @@ def grpo_loss(logits: Tensor, logits_ref: Tensor, codes: Tensor, support: Tensor
     ratio = (logp - logp_old).exp()
     A = advantage[:, None]
     gain = torch.minimum(ratio * A, ratio.clamp(1 - ratio_clip, 1 + ratio_clip) * A)
+    # KL and entropy are the untruncated policies': on a support, a code outside the reference's would make it infinite
     log_pi, log_ref = logits.float().log_softmax(-1), logits_ref.float().log_softmax(-1)
     kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                              # (R, T) exact
     entropy = -(log_pi.exp() * log_pi).sum(-1)
@@ -136,11 +138,11 @@ def rollout(policy: Llama, reference: Llama, ddt: DDT, clips: sim.Clips, config:
 
     predicted = sft.decode(ddt, codes.view(P * G, -1, K), generator)                              # (R, 29, 3, H, W)
     frames = torch.cat([shown.repeat_interleave(G, 0), predicted], 1)                             # (R, F, 3, H, W)
-    every = torch.arange(P, device=codes.device).repeat_interleave(G)
-    scores = {k: v.view(P, G) for k, v in reward.reward(frames, clips[every]).items()}
+    prompt_of = torch.arange(P, device=codes.device).repeat_interleave(G)
+    scores = {k: v.view(P, G) for k, v in reward.reward(frames, clips[prompt_of]).items()}
 
     ids = torch.cat([prompt.repeat_interleave(G, 0), policy.first_code + codes], 1)               # (R, S)
-    return Rollout(ids, codes, support, logprobs(scored(policy, ids, T), codes, support), scored(reference, ids, T),
+    return Rollout(ids, codes, support, logprobs(last_logits(policy, ids, T), codes, support), last_logits(reference, ids, T),
                    advantages(scores["reward"]).flatten(), scores)
 
 
@@ -152,11 +154,15 @@ class Loss(nn.Module):
         self.policy, self.config = policy, config
 
     def forward(self, r: Rollout) -> dict[str, Tensor]:
-        logits = scored(self.policy, r.ids, r.codes.shape[1])
+        logits = last_logits(self.policy, r.ids, r.codes.shape[1])
         return grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage, self.config.ratio_clip, self.config.beta)
 
 
 # ------------------------------------------------------------------ training
+
+
+def sources(out: Path) -> dict[str, Path]:
+    return {"ddt": out / "ddt" / "model.safetensors", "sft": out / "sft" / "model.safetensors"}
 
 
 def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -> Llama:
@@ -164,13 +170,13 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
     folder = train.writable(Path(config.out, "grpo"))
     if config.fresh:
         train.discard(folder)
-    train.made_of(folder, ddt=folder.parent / "ddt", sft=folder.parent / "sft")
+    train.made_of(folder, **sources(folder.parent))
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = train.adamw(policy, config)
     first = train.resume(folder, policy, optimizer, config)
-    names = tokenizer.scenarios(config.scenario)
+    names = train.scenarios(config.scenario)
     data = [sim.sample(name, "posttrain", config.clips, config.seed) for name in names]
-    world.say(f"GRPO: {config.steps} steps of {config.prompts} prompts x {config.group} rollouts")
+    world.say(f"GRPO: {EXPECTED.get(config.preset, '')} {config.steps} steps of {config.prompts} prompts x {config.group} rollouts")
     loss_of = train.distribute(Loss(policy, config), world)
     with train.Log(folder, first, config, world, show=("reward", "kl")) as log:
         for step in range(first, config.steps):
@@ -189,19 +195,16 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
                          "rewards/mass/mean": mean["mass"], "frac_reward_zero_std": zero, "loss": mean["loss"], "kl": mean["kl"],
                          "entropy": mean["entropy"], "clip_ratio/region_mean": mean["clipped"]}, **health)
             train.checkpoint(folder, policy, optimizer, step, config, world)
-    if world.main:
-        reward.drop_row(folder.parent / "results.json", "SFT + RL")
-        policy.save(folder)
-        train.finish(folder)
-    train.wait(world)
+    reward.drop_rows(folder.parent / "results.json", "SFT + RL")
+    train.finish(folder, policy.save, config, policy, world)
     return policy.eval()
 
 
-def pictures(out: Path, ddt: DDT, models: dict[str, Llama], names: list[str], device) -> None:
-    """Truth above, predictions below: <out>/clips.gif and <out>/clips.png, the first clip of five splits."""
+def pictures(out: Path, ddt: DDT, models: dict[str, Llama], scenario: str, device) -> None:
+    """Truth above, predictions below: <out>/clips.gif and <out>/clips.png, the first clip of five splits of a scenario."""
     splits = ("iid", "slow", "fast", "small", "large")
-    truth = [sim.sample(name, split, 1, seed=1) for name in names for split in splits]
-    frames = torch.cat([sim.render(c.position, c.radius, ddt.config.size) for c in truth[:5]]).to(device)
+    truth = [sim.sample(scenario, split, 1, reward.EVAL_SEED) for split in splits]
+    frames = torch.cat([sim.render(c.position, c.radius, ddt.config.size) for c in truth]).to(device)
     rows = {"truth": frames} | {name: sft.predictor(model, ddt)(frames[:, :CONDITION]) for name, model in models.items()}
     sim.save_gif(out / "clips.gif", list(rows.values()), list(rows), pixels=128)
     strip = {f"{split}, {name}": clips[i] for i, split in enumerate(splits) for name, clips in rows.items()}
@@ -210,24 +213,23 @@ def pictures(out: Path, ddt: DDT, models: dict[str, Llama], names: list[str], de
 
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
-    names = tokenizer.scenarios(config.scenario)
-    if config.group < 2:
-        raise train.Problem(f"--group {config.group}: advantages compare rollouts of a group, it needs at least 2")
+    names = train.scenarios(config.scenario)
+    train.need(config.group > 1, f"--group {config.group}: advantages compare rollouts of a group, it needs at least 2")
     world = train.start(config.seed)
     out = train.writable(Path(config.out))
+    train.occupy(out, world)
     ddt = tokenizer.ensure(config, world)
-    reference = sft.ensure(config, world).requires_grad_(False)
-    if (out / "grpo" / "model.safetensors").exists() and not config.fresh:
-        world.say(f"{out}/grpo is trained (--fresh trains it again)")
-        policy = sft.load(out / "grpo", ddt=out / "ddt", sft=out / "sft").to(world.device)
+    reference = sft.ensure(config, ddt, world).requires_grad_(False)
+    if train.is_trained(out / "grpo", "model.safetensors", config, world):
+        policy = sft.load(out / "grpo", **sources(out)).to(world.device)
     else:
         policy = train_grpo(config, ddt, reference, world)
-    if world.main:
+    if world.is_main:
         for row, model in (("SFT", reference), ("SFT + RL", policy)):
             reward.add_row(out / "results.json", row, sft.predictor(model, ddt), names, ("posttrain", *sim.SHOWN),
                            config.eval_clips, size=ddt.config.size, device=world.device)
         print(reward.table(out / "results.json"))
-        pictures(out, ddt, {"SFT": reference, "SFT + RL": policy}, names, world.device)
+        pictures(out, ddt, {"SFT": reference, "SFT + RL": policy}, names[0], world.device)
         print(f"\nresults: {out}/results.json   pictures: {out}/clips.gif, {out}/clips.png")
     train.wait(world)
 

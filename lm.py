@@ -244,6 +244,8 @@ class Llama(nn.Module):
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(path, 0o666 & ~umask)                                            # safetensors writes 0600
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
     @classmethod
     def load(cls, folder, dtype: torch.dtype | None = None, device=None, n_visual: int = 0) -> "Llama":

@@ -191,26 +191,35 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
 COLUMNS = ("velocity_error", "drift_error", "radius_error", "missing", "reward")
 
 
+EVAL_SEED = 1_000_003       # of the result tables. No training uses it, so that its clips are held out
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise OSError(f"{path} is damaged ({error}): delete it, the table is made again") from None
+
+
 def add_row(path: Path, row: str, predict: Callable[[Tensor], Tensor], scenarios: list[str], splits: tuple[str, ...],
-            n: int, seed: int = 0, **options) -> None:
+            n: int, *, size: int, **options) -> None:
     """
     Evaluates a model on every scenario and split and adds the results to a JSON file: {row: {scenario: {split: result}}}.
-    What stands there already, measured on as many clips of the same seed, is kept: an interrupted table is continued.
+    What stands there already, measured on as many clips of that size, is kept: an interrupted table is continued.
     """
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results, of = _read(path), [n, size, EVAL_SEED]
     for scenario in scenarios:
         for split in splits:
             place = results.setdefault(row, {}).setdefault(scenario, {})
-            if place.get(split, {}).get("of") != [n, seed]:
-                place[split] = evaluate(predict, scenario, split, n, seed, **options) | {"of": [n, seed]}
+            if place.get(split, {}).get("of") != of:
+                place[split] = evaluate(predict, scenario, split, n, EVAL_SEED, size=size, **options) | {"of": of}
                 _write(path, results)
 
 
-def drop_row(path: Path, row: str) -> None:
-    """Forgets the results of a model that has been trained anew."""
-    if path.exists():
-        results = json.loads(path.read_text())
-        results.pop(row, None)
+def drop_rows(path: Path, *rows: str) -> None:
+    """Forgets the results of a model that has been trained anew, and of those that were made from it."""
+    results = _read(path)
+    if any(results.pop(row, None) for row in rows):
         _write(path, results)
 
 
@@ -222,12 +231,12 @@ def _write(path: Path, results: dict) -> None:
 
 def table(path: Path) -> str:
     """The results of a JSON file as text: a block per scenario and split, a row per model, means +- standard errors."""
-    results, lines = json.loads(path.read_text()), []
+    results, lines = _read(path), []
     for scenario, split in dict.fromkeys((s, p) for row in results.values() for s in row for p in row[s]):
         rows = {name: row[scenario][split] for name, row in results.items() if split in row.get(scenario, {})}
-        n = max(result["n"] for result in rows.values())
-        lines.append(f"\n{scenario}, {split} ({n} clips)".ljust(34) + "".join(f"{c:>17s}" for c in COLUMNS))
-        lines += [f"  {name:31s}" + "".join(f"{r[c]:9.3f} +-{r[c + '_se']:6.3f}" for c in COLUMNS) for name, r in rows.items()]
+        lines.append(f"\n{scenario}, {split}".ljust(24) + "clips" + "".join(f"{c:>17s}" for c in COLUMNS))
+        lines += [f"  {name:20s}{r['n']:6d}" + "".join(f"{r[c]:9.3f} +-{r[c + '_se']:6.3f}" for c in COLUMNS)
+                  for name, r in rows.items()]
     return "\n".join(lines)
 
 

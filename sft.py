@@ -67,8 +67,6 @@ PRESETS = {
 }
 EXPECTED = {"tiny": "About 9 minutes on 2 CPU cores."}
 
-CODES = 256                     # V
-
 # ------------------------------------------------------------------ clips as sequences
 
 
@@ -99,12 +97,9 @@ def decode(ddt: DDT, codes: Tensor, generator: torch.Generator | None = None, ba
 
 def predictor(model: Llama, ddt: DDT, seed: int = 0, top_k: int = 50, top_p: float = 0.95) -> Callable[[Tensor], Tensor]:
     """The model as reward.evaluate wants it: frames (B, 3, 3, H, W) -> frames (B, 32, 3, H, W), one sample each."""
-    device = ddt.quantizer.codebook.device
-    generator = torch.Generator(device).manual_seed(seed)
-
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
-        K = ddt.config.queries
+        K, generator = ddt.config.queries, torch.Generator(frames.device).manual_seed(seed)
         shown = ddt.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])           # (B, 3, K)
         codes, _ = generate(model, sequence(model, shown), (FRAMES - CONDITION) * K, 1, top_k, top_p, generator)
         return torch.cat([frames, decode(ddt, codes.view(len(frames), -1, K), generator)], 1)
@@ -124,12 +119,13 @@ def training_codes(config: Config, ddt: DDT, folder: Path, world: train.World) -
         if metadata.get("of") == stamp:
             return tensors["codes"]
     parts = []
-    for name in tokenizer.scenarios(config.scenario):
+    for name in train.scenarios(config.scenario):
         clips = world.share(sim.sample(name, "pretrain", config.clips, config.seed))
         pieces = [clips[i:i + 64] for i in range(0, len(clips), 64)]
-        parts += [tokenize(ddt, piece) for piece in tqdm(pieces, desc=f"tokens, {name}", ncols=100, disable=not world.main)]
-    codes = train.gather(torch.cat(parts))
-    if world.main:
+        bar = tqdm(pieces, desc=f"tokens, {name}", ncols=100, mininterval=5, disable=not world.is_main)
+        parts.append(train.gather(torch.cat([tokenize(ddt, piece) for piece in bar])))
+    codes = torch.cat(parts)
+    if world.is_main:
         train.write_safetensors(path, {"codes": codes}, {"of": stamp})
     train.wait(world)
     return codes
@@ -153,10 +149,12 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
     folder = train.writable(Path(config.out, "sft"))
     if config.fresh:
         train.discard(folder)
-    train.made_of(folder, ddt=folder.parent / "ddt")
+    train.made_of(folder, ddt=folder.parent / "ddt" / "model.safetensors")
+    torch.manual_seed(config.seed)
     S = 1 + FRAMES * ddt.config.queries
-    model = Llama(LlamaConfig(1 + CODES, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
-                              config.hidden // config.heads, max_position_embeddings=S, n_visual=CODES)).to(world.device)
+    V = len(ddt.quantizer.codebook)
+    model = Llama(LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
+                              config.hidden // config.heads, max_position_embeddings=S, n_visual=V)).to(world.device)
     optimizer = train.adamw(model, config)
     first = train.resume(folder, model, optimizer, config)
     codes = training_codes(config, ddt, folder, world)
@@ -169,21 +167,27 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
             loss = loss_of(sequence(model, codes[rows].to(world.device))).sum() / config.batch
             log(step, loss=train.total(loss), **train.update(model, optimizer, loss, step, config))
             train.checkpoint(folder, model, optimizer, step, config, world)
-    if world.main:
-        reward.drop_row(folder.parent / "results.json", "SFT")
-        model.save(folder)
-        train.finish(folder)
-    train.wait(world)
+    reward.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
+    train.finish(folder, model.save, config, model, world)
     return model.eval()
 
 
-def ensure(config, world: train.World) -> Llama:
+def report(config, ddt: DDT, model: Llama, world: train.World) -> None:
+    """The model's row of the result table; what is there already is not done again."""
+    if world.is_main:
+        reward.add_row(Path(config.out, "results.json"), "SFT", predictor(model, ddt), train.scenarios(config.scenario),
+                       sim.SHOWN, config.eval_clips, size=ddt.config.size, device=world.device)
+    train.wait(world)
+
+
+def ensure(config, ddt: DDT, world: train.World) -> Llama:
     """The supervised model of <out>: loaded, or trained first."""
     folder = Path(config.out, "sft")
     if not (folder / "model.safetensors").exists():
         world.say(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         main(["--preset", config.preset, "--out", config.out, "--seed", str(config.seed), "--scenario", config.scenario])
-    return load(folder, ddt=folder.parent / "ddt").to(world.device)
+    report(config, ddt, model := load(folder, ddt=folder.parent / "ddt" / "model.safetensors").to(world.device), world)
+    return model
 
 
 def load(folder: Path, **sources: Path) -> Llama:
@@ -197,20 +201,20 @@ def load(folder: Path, **sources: Path) -> Llama:
 
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
+    train.scenarios(config.scenario)
+    train.need(config.hidden % (2 * config.heads) == 0 and config.heads % config.kv_heads == 0,
+               f"--hidden {config.hidden} must divide by 2 --heads ({config.heads}), and --heads by --kv_heads ({config.kv_heads})")
     world = train.start(config.seed)
     out = train.writable(Path(config.out))
-    names = tokenizer.scenarios(config.scenario)
+    train.occupy(out, world)
     ddt = tokenizer.ensure(config, world)
-    if (out / "sft" / "model.safetensors").exists() and not config.fresh:
-        world.say(f"{out}/sft is trained (--fresh trains it again)")
-        model = load(out / "sft", ddt=out / "ddt").to(world.device)
+    if train.is_trained(out / "sft", "model.safetensors", config, world):
+        model = load(out / "sft", ddt=out / "ddt" / "model.safetensors").to(world.device)
     else:
         model = train_sft(config, ddt, world)
-    if world.main:
-        reward.add_row(out / "results.json", "SFT", predictor(model, ddt), names, sim.SHOWN, config.eval_clips,
-                       size=ddt.config.size, device=world.device)
+    report(config, ddt, model, world)
+    if world.is_main:
         print(reward.table(out / "results.json"))
-    train.wait(world)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,22 @@ A stage's loop reads:
             train.checkpoint(folder, model, optimizer, step, config, world)
 
 Everything random in a step is drawn from a generator made of (seed, step), never from a running state. So a run that was
-killed and goes on draws what it would have drawn, and the number of ranks does not change which data a step sees.
+killed and goes on draws what it would have drawn, and the number of ranks does not change which data a step sees. (The
+samples of a rollout are drawn on each rank's device and do depend on the number of ranks.)
 
 Left for the paper's scale: a sharded optimizer with fp32 master weights belongs into `adamw`, its state into `checkpoint`.
 """
 import argparse
+import ctypes
 import dataclasses
+import datetime
 import difflib
+import fcntl
 import functools
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -42,6 +47,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import sim
+
 
 class Problem(Exception):
     """Something the user can put right. Shown as one line, without a traceback; exit code 2."""
@@ -54,8 +61,11 @@ def cli(main) -> None:
     except Problem as problem:
         sys.stderr.write(f"\n{Path(sys.argv[0]).name}: {problem}\n")
         sys.exit(2)
+    except OSError as error:                # a full disk, a file that vanished: the message names it
+        sys.stderr.write(f"\n{Path(sys.argv[0]).name}: {error}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped. The same command goes on from the last checkpoint.\n")
+        sys.stderr.write("\nstopped. The same command (without --fresh) goes on from the last checkpoint.\n")
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -101,7 +111,22 @@ def parse(Config, presets: dict[str, dict], argv: list[str] | None):
             raise Problem(f"--{field.name} {value}: must be a finite number of at least 0")
         if field.type is int and value == 0 and field.default != 0:
             raise Problem(f"--{field.name} 0: must be at least 1")
+        if field.name in ("beta1", "beta2") and value >= 1 or field.name == "seed" and value >= 2 ** 63:
+            raise Problem(f"--{field.name} {value}: too large")
     return config
+
+
+def scenarios(name: str) -> list[str]:
+    """--scenario: one of the simulator's, or all."""
+    if name != "all" and name not in sim.SCENARIOS:
+        raise Problem(f"unknown --scenario {name!r}: choose one of all, {', '.join(sim.SCENARIOS)}")
+    return list(sim.SCENARIOS) if name == "all" else [name]
+
+
+def need(condition: bool, text: str) -> None:
+    """One line for a configuration that cannot work."""
+    if not condition:
+        raise Problem(text)
 
 
 # ------------------------------------------------------------------ ranks
@@ -113,22 +138,30 @@ class World:
     device: torch.device
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
+        """Rank 0: prints, evaluates and writes files."""
         return self.rank == 0
 
     def share(self, x):
-        """This rank's part of a global batch (anything sliceable); parts may differ in size by one."""
+        """This rank's part of a global batch (anything sliceable); parts may differ in size by one. Problem if one is empty."""
         n = len(x)
+        if n < self.size:
+            raise Problem(f"a batch of {n} cannot be shared by {self.size} ranks: use fewer ranks or a larger batch")
         return x[n * self.rank // self.size: n * (self.rank + 1) // self.size]
 
     def say(self, text: str) -> None:
-        if self.main:
+        if self.is_main:
             print(text, flush=True)
 
 
 def start(seed: int) -> World:
     """Joins torchrun's process group if there is one, chooses the device, seeds torch. May be called more than once."""
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # die with torchrun: kill -9 would leave its workers training
+    if torch.cuda.is_available() and local >= torch.cuda.device_count():
+        raise Problem(f"{local + 1} ranks on {torch.cuda.device_count()} GPUs: lower --nproc_per_node, or set "
+                      "CUDA_VISIBLE_DEVICES= to run on the CPU")
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -138,7 +171,8 @@ def start(seed: int) -> World:
         if size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=2))        # rank 0 evaluates, the others wait
     torch.manual_seed(seed)                 # the same initial weights on every rank
     return World(rank, size, device)
 
@@ -230,7 +264,7 @@ def update(model: nn.Module, optimizer: torch.optim.AdamW, loss: Tensor, step: i
 
 # ------------------------------------------------------------------ checkpoints
 
-FREE = {"out", "fresh", "save_every"}       # fields that may change between two runs of the same training
+FREE = {"out", "fresh", "save_every", "eval_clips"}       # fields that may change between two runs of the same training
 
 
 def writable(folder: Path) -> Path:
@@ -243,6 +277,19 @@ def writable(folder: Path) -> Path:
     except OSError as error:
         raise Problem(f"cannot write to {folder} ({error.strerror}): choose another folder with --out")
     return folder
+
+
+def occupy(folder: Path, world: World) -> None:
+    """One training at a time in a run folder: two would overwrite each other's checkpoints. Freed when the process ends."""
+    if world.is_main and str(folder) not in _occupied:
+        _occupied[str(folder)] = file = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"another process is training in {folder}: wait for it, stop it, or choose another --out") from None
+
+
+_occupied: dict[str, object] = {}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -282,7 +329,7 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
 
 def checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config, world: World) -> None:
     """Writes model, optimizer, step and config as one file, every `save_every` steps and after the last."""
-    if not world.main or ((step + 1) % config.save_every and step + 1 != config.steps):
+    if not world.is_main or ((step + 1) % config.save_every and step + 1 != config.steps):
         return
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
@@ -305,9 +352,7 @@ def resume(folder: Path, model: nn.Module, optimizer, config) -> int:
         then, step = json.loads(metadata["config"]), int(metadata["step"])
     except (KeyError, ValueError):
         raise Problem(f"{path} is not a checkpoint of this project: delete it, or start over with --fresh")
-    changed = [f"{k} was {then.get(k)}, is {v}" for k, v in dataclasses.asdict(config).items()
-               if k not in FREE and then.get(k) != v]
-    if changed:
+    if changed := _changed(then, config):
         raise Problem(f"{path} is of another configuration ({'; '.join(changed[:4])}): restore that, choose another "
                       "--out, or start over with --fresh")
     load_state(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
@@ -317,28 +362,63 @@ def resume(folder: Path, model: nn.Module, optimizer, config) -> int:
             _, i, key = name.split(".")
             state.setdefault(int(i), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for p, moments in optimizer.state.items():      # the fused kernel walks memory: moments must lie as their parameter does
+        for key, value in moments.items():          # (channels_last in a VAE)
+            if value.shape == p.shape:
+                moments[key] = torch.empty_like(p).copy_(value)
     return step
 
 
-def finish(folder: Path) -> None:
-    """The stage's model is saved: its checkpoint has done its work."""
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+def _changed(then: dict, config) -> list[str]:
+    return [f"{k} was {then.get(k)}, is {v}" for k, v in dataclasses.asdict(config).items()
+            if k not in FREE and then.get(k) != v]
+
+
+def finish(folder: Path, save, config, model: nn.Module, world: World) -> None:
+    """Saves the finished model with `save(folder)` and the config beside it; the checkpoint has done its work."""
+    mean = torch.stack([p.detach().double().mean() for p in model.state_dict().values() if p.is_floating_point()])
+    if (total(mean) / world.size - mean).abs().max() > 1e-12:
+        raise RuntimeError(f"the ranks hold different models at the end of {folder}: this is a bug")
+    if world.is_main:
+        _write_json(folder / "trained.json", {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE})
+        save(folder)
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    wait(world)
+
+
+def is_trained(folder: Path, name: str, config, world: World) -> bool:
+    """Whether a finished model is there (and not --fresh). Problem when it was trained with another configuration."""
+    if config.fresh or not (folder / name).exists():
+        return False
+    if (folder / "trained.json").exists():
+        if changed := _changed(json.loads((folder / "trained.json").read_text()), config):
+            raise Problem(f"{folder} was trained with another configuration ({'; '.join(changed[:4])}): restore that, choose "
+                          "another --out, or train it again with --fresh")
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)         # left by a kill between saving and cleaning up
+    world.say(f"{folder} is trained (--fresh trains it again)")
+    return True
+
+
+def _write_json(path: Path, value) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    aside.write_text(json.dumps(value) + "\n")
+    os.replace(aside, path)
 
 
 def discard(folder: Path) -> None:
     """--fresh: what a stage had made is gone, so that a run killed half-way does not pass for the old one."""
-    for name in ("checkpoint.safetensors", "model.safetensors", "diffusion_pytorch_model.safetensors"):
+    for name in ("checkpoint.safetensors", "model.safetensors", "diffusion_pytorch_model.safetensors", "trained.json"):
         (folder / name).unlink(missing_ok=True)
 
 
 def made_of(folder: Path, **sources: Path) -> None:
     """
-    Notes which models a stage starts from; raises Problem when the folder's model or checkpoint started from others.
+    Notes which weight files a stage starts from; raises Problem when the folder's model or checkpoint started from others.
     Without it, a model would silently be used with the codes of a tokenizer that has been trained anew since.
     """
     now = {}
     for name, source in sources.items():
-        with open(source / "model.safetensors", "rb") as file:
+        with open(source, "rb") as file:
             crc = 0
             while block := file.read(1 << 24):
                 crc = zlib.crc32(block, crc)
@@ -348,11 +428,9 @@ def made_of(folder: Path, **sources: Path) -> None:
         then = json.loads(note.read_text())
         other = [name for name in now if then.get(name) != now[name]]
         if other:
-            raise Problem(f"{folder} was trained from another {other[0]} than {sources[other[0]]}: train it again with "
+            raise Problem(f"{folder} was trained from another {other[0]} than {sources[other[0]].parent}: train it again with "
                           f"`python {folder.name}.py --fresh --out {folder.parent}`, or choose another --out")
-    aside = note.with_name(f"{note.name}.{os.getpid()}.part")             # every rank writes the same
-    aside.write_text(json.dumps(now) + "\n")
-    os.replace(aside, note)
+    _write_json(note, now)                                                # every rank writes the same
 
 
 # ------------------------------------------------------------------ log
@@ -364,13 +442,15 @@ class Log:
     """
 
     def __init__(self, folder: Path, first: int, config, world: World, show: tuple[str, ...] = ("loss",)):
-        self.path, self.first, self.steps, self.on, self.show = folder / "log.jsonl", first, config.steps, world.main, show
+        self.path, self.first, self.steps, self.on, self.show = folder / "log.jsonl", first, config.steps, world.is_main, show
 
     def __enter__(self):
         if self.on:
             kept = self.path.read_text().splitlines()[:self.first] if self.first and self.path.exists() else []
-            self.file = open(self.path, "w")
-            self.file.writelines(line + "\n" for line in kept)
+            aside = self.path.with_name("log.jsonl.part")
+            aside.write_text("".join(line + "\n" for line in kept))
+            os.replace(aside, self.path)
+            self.file = open(self.path, "a")
             quiet = not sys.stderr.isatty()                 # in a file: a line every 10 seconds, not ten a second
             self.bar = tqdm(total=self.steps, initial=self.first, desc=self.path.parent.name, mininterval=10 if quiet else 0.2,
                             ncols=100, unit="step")

@@ -457,11 +457,11 @@ def test_a_tokenizer_trained_anew_is_another(tmp_path, part):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "model.safetensors").touch()
     model.save(tmp_path / "ddt")
-    train.made_of(tmp_path / "sft", ddt=tmp_path / "ddt")
+    train.made_of(tmp_path / "sft", ddt=tmp_path / "ddt" / "model.safetensors")
     model.state_dict()[part].mul_(-1)
     model.save(tmp_path / "ddt")
     with pytest.raises(Problem, match="another ddt"):
-        train.made_of(tmp_path / "sft", ddt=tmp_path / "ddt")
+        train.made_of(tmp_path / "sft", ddt=tmp_path / "ddt" / "model.safetensors")
 
 
 @pytest.mark.parametrize("convs", [False, True])

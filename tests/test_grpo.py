@@ -187,9 +187,9 @@ def test_a_step_favours_what_was_better():
     codes, A = ids[:, -T:] - 1, torch.tensor([1.5, -1.5, 0.5, -0.5, 1.0, -1.0])
 
     def logp():
-        return logprobs(grpo.scored(model, ids, T), codes, EVERYTHING)                            # (R, T)
-    before, reference = logp().detach(), grpo.scored(model, ids, T).detach()
-    logits = grpo.scored(model, ids, T)
+        return logprobs(grpo.last_logits(model, ids, T), codes, EVERYTHING)                            # (R, T)
+    before, reference = logp().detach(), grpo.last_logits(model, ids, T).detach()
+    logits = grpo.last_logits(model, ids, T)
     grpo_loss(logits, reference, codes, EVERYTHING, before, A, 0.2, 0.02)["loss"].sum().backward()
     with torch.no_grad():
         for p in model.parameters():
@@ -201,7 +201,7 @@ def test_a_step_favours_what_was_better():
 def test_scored_logits_are_those_before_each_code():
     model = language_model(V)
     ids = torch.randint(1, 1 + V, (2, 9), generator=seeded())
-    logits = grpo.scored(model, ids, 4)
+    logits = grpo.last_logits(model, ids, 4)
     assert logits.shape == (2, 4, V)
     for i in range(4):
         torch.testing.assert_close(logits[:, i], model.logits(model(ids[:, :5 + i]))[:, -1, 1:])
@@ -231,7 +231,7 @@ def rollout():
 
 def test_ratio_is_one_before_the_first_update(rollout):
     policy, _, _, _, config, r = rollout
-    logits = grpo.scored(policy, r.ids, r.codes.shape[1])
+    logits = grpo.last_logits(policy, r.ids, r.codes.shape[1])
     assert torch.equal(logprobs(logits, r.codes, r.support), r.logp_old)
     result = grpo.Loss(policy, config)(r)
     torch.testing.assert_close(result["loss"], -r.advantage + config.beta * result["kl"], rtol=0, atol=1e-5)
@@ -251,7 +251,7 @@ def test_rollouts_stand_beside_their_condition(rollout):
         shown = sft.sequence(policy, ddt.encode(frames[:sim.CONDITION])[None])[0]
         assert torch.equal(ids, torch.cat([shown, policy.first_code + codes]))
     assert len(r.codes.unique(dim=0)) == 12 and len(r.ids[:, :-T].unique(dim=0)) == 3
-    torch.testing.assert_close(r.logits_ref, grpo.scored(reference, r.ids, T))
+    torch.testing.assert_close(r.logits_ref, grpo.last_logits(reference, r.ids, T))
     assert not r.logp_old.requires_grad and not r.logits_ref.requires_grad
     assert r.scores["reward"].shape == (3, 4)
     assert torch.equal(advantages(r.scores["reward"]).flatten(), r.advantage)

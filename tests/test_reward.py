@@ -431,25 +431,25 @@ def test_a_table_is_continued_not_measured_again(tmp_path):
     reward.add_row(path, "no motion", predict, ["uniform"], ("iid", "slow"), 3, size=16)
     assert calls == [3, 3] and path.read_text() == before
     reward.add_row(path, "no motion", predict, ["uniform"], ("iid",), 4, size=16)
-    reward.add_row(path, "no motion", predict, ["uniform"], ("iid",), 4, seed=1, size=16)
-    assert calls == [3, 3, 4, 4]                                   # more clips or another seed: measured anew
+    reward.add_row(path, "no motion", predict, ["uniform"], ("iid",), 4, size=24)
+    assert calls == [3, 3, 4, 4]                                   # more clips or larger pictures: measured anew
     reward.add_row(path, "truth", lambda frames: frames, ["uniform"], ("iid",), 3, size=16, shown=32)
     results = json.loads(path.read_text())
     assert results["no motion"]["uniform"]["slow"]["velocity_error"] == pytest.approx(
-        reward.evaluate(freeze, "uniform", "slow", 3, size=16)["velocity_error"])
+        reward.evaluate(freeze, "uniform", "slow", 3, reward.EVAL_SEED, size=16)["velocity_error"])
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
     text = reward.table(path)
     blocks = [block.splitlines() for block in text.strip().split("\n\n")]
-    assert [block[0].split(" (")[0] for block in blocks] == ["uniform, iid", "uniform, slow"]
+    assert [block[0].split("  ")[0] for block in blocks] == ["uniform, iid", "uniform, slow"]
     names = [[line.split("  ")[1] for line in block[1:]] for block in blocks]
     assert names == [["no motion", "truth"], ["no motion"]]
     assert f"{results['truth']['uniform']['iid']['reward']:.3f}" in blocks[0][2]
 
-    reward.drop_row(path, "no motion")
+    reward.drop_rows(path, "no motion")
     assert set(json.loads(path.read_text())) == {"truth"}
-    reward.drop_row(path, "never there")
-    reward.drop_row(tmp_path / "none.json", "truth")
+    reward.drop_rows(path, "never there")
+    reward.drop_rows(tmp_path / "none.json", "truth")
     assert set(json.loads(path.read_text())) == {"truth"} and not (tmp_path / "none.json").exists()
     reward.add_row(path, "no motion", predict, ["uniform"], ("iid",), 3, size=16)
     assert len(calls) == 5

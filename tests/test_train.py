@@ -3,11 +3,14 @@ What the loops share: flags, shares of ranks, order of the data, optimizer, chec
 
     pytest tests/test_train.py
 """
+import dataclasses
 import json
 import math
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from torch import nn
 
 import train
 from train import Problem, World
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -96,6 +101,10 @@ def test_interrupting_says_how_to_go_on(capsys):
 def test_shares_cover_every_row_once():
     for n in range(0, 30):
         for size in range(1, 10):
+            if n < size:
+                with pytest.raises(Problem, match=f"{n} cannot be shared by {size} ranks"):
+                    World(0, size, torch.device("cpu")).share(torch.arange(n))
+                continue
             parts = [World(rank, size, torch.device("cpu")).share(torch.arange(n)) for rank in range(size)]
             assert torch.equal(torch.cat(parts), torch.arange(n))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -349,10 +358,27 @@ def test_a_checkpoint_of_another_model(folders, model, culprit):
 
 
 def test_finish(folders):
+    """The model is saved, the checkpoint goes, and the stage is known as trained, with this configuration only."""
     a, _ = folders
-    train.finish(a)
-    train.finish(a)
-    assert [path.name for path in a.iterdir()] == ["log.jsonl"]
+    world, save = train.World(0, 1, torch.device("cpu")), lambda folder: (folder / "model.safetensors").touch()
+    assert not train.is_trained(a, "model.safetensors", Config(), world)
+    train.finish(a, save, Config(), model(), world)
+    assert {path.name for path in a.iterdir()} == {"log.jsonl", "model.safetensors", "trained.json"}
+    (a / "checkpoint.safetensors").touch()                              # killed between saving and cleaning up
+    assert train.is_trained(a, "model.safetensors", Config(), world)
+    assert not (a / "checkpoint.safetensors").exists()
+    assert not train.is_trained(a, "model.safetensors", dataclasses.replace(Config(), fresh=True), world)
+    with pytest.raises(Problem, match="lr was"):
+        train.is_trained(a, "model.safetensors", dataclasses.replace(Config(), lr=0.123), world)
+
+
+def test_one_training_at_a_time(tmp_path):
+    """A second process is refused while the first one lives."""
+    code = "import sys, train; train.occupy(__import__('pathlib').Path(sys.argv[1]), train.World(0, 1, None))"
+    train.occupy(tmp_path, train.World(0, 1, torch.device("cpu")))
+    train.occupy(tmp_path, train.World(0, 1, torch.device("cpu")))      # our own next stage may go on
+    other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert other.returncode and "another process is training" in other.stderr
 
 
 def test_discard(folders):
@@ -367,16 +393,16 @@ def test_discard(folders):
 def test_what_a_stage_was_made_of(folders):
     stage, source = folders
     train.write_safetensors(source / "model.safetensors", {"x": torch.ones(9)}, {})
-    train.made_of(stage, source=source)
+    train.made_of(stage, source=source / "model.safetensors")
     note = (stage / "made_of.json").read_text()
-    train.made_of(stage, source=source)                                 # the same again is no problem
+    train.made_of(stage, source=source / "model.safetensors")                                 # the same again is no problem
     train.write_safetensors(source / "model.safetensors", {"x": torch.zeros(9)}, {})
     with pytest.raises(Problem) as problem:
-        train.made_of(stage, source=source)
+        train.made_of(stage, source=source / "model.safetensors")
     assert all(word in str(problem.value) for word in (str(stage), str(source), "--fresh", "--out"))
     assert (stage / "made_of.json").read_text() == note
     train.discard(stage)
-    train.made_of(stage, source=source)                                 # nothing there that could not fit
+    train.made_of(stage, source=source / "model.safetensors")                                 # nothing there that could not fit
     assert (stage / "made_of.json").read_text() != note
     assert {path.name for path in stage.iterdir()} == {"log.jsonl", "made_of.json"}
 
