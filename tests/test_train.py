@@ -362,7 +362,7 @@ def test_finish(folders):
     a, _ = folders
     world, save = train.World(0, 1, torch.device("cpu")), lambda folder: (folder / "model.safetensors").touch()
     assert not train.is_trained(a, "model.safetensors", Config(), world)
-    train.finish(a, save, Config(), model(), world)
+    train.finish(a, save, Config(), mlp(), world)
     assert {path.name for path in a.iterdir()} == {"log.jsonl", "model.safetensors", "trained.json"}
     (a / "checkpoint.safetensors").touch()                              # killed between saving and cleaning up
     assert train.is_trained(a, "model.safetensors", Config(), world)
