@@ -461,7 +461,9 @@ class MMDiT(nn.Module):
         self.latent_in = nn.Linear(channels * c.patch ** 2, c.width)
         self.token_in = nn.Linear(code_dim, c.width)
         self.register_buffer("position", sincos_2d(self.side, c.width), persistent=False)
-        self.token_position = nn.Parameter(0.02 * torch.randn(c.queries, c.width))
+        # Large enough to tell the tokens apart from the start: at 0.02 the decoder reads all alike, all learn to say the same,
+        # and what each adds to the others is little (mean error at pure noise 0.11 against 0.06, 500 steps after quantization).
+        self.token_position = nn.Parameter(0.5 * torch.randn(c.queries, c.width))
         self.time = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.image_blocks = nn.ModuleList(Stream(c.width, c.width, c.heads, c.width) for _ in range(c.layers))
         self.token_blocks = nn.ModuleList(Stream(c.width, c.width, c.heads, c.width, last=i == c.layers - 1)
