@@ -28,7 +28,7 @@ import ddt as tokenizer
 import reward
 import sim
 import train
-from ddt import DDT
+from ddt import DDT, at_a_time
 from lm import Llama, LlamaConfig, generate
 from sim import CONDITION, FRAMES
 
@@ -71,10 +71,10 @@ EXPECTED = {"tiny": "About 9 minutes on 2 CPU cores."}
 
 
 @torch.no_grad()
-def tokenize(ddt: DDT, clips: sim.Clips, batch: int = 16) -> Tensor:
+def tokenize(ddt: DDT, clips: sim.Clips) -> Tensor:
     """Clips -> codes (B, F, K), uint8, painted and encoded on the tokenizer's device."""
     device, size = ddt.quantizer.codebook.device, ddt.config.size
-    codes = torch.empty(len(clips), FRAMES, ddt.config.queries, dtype=torch.uint8)
+    codes, batch = torch.empty(len(clips), FRAMES, ddt.config.queries, dtype=torch.uint8), at_a_time(device) // FRAMES
     for i in range(0, len(clips), batch):
         part = clips[i:i + batch].to(device)
         frames = sim.render(part.position, part.radius, size)
@@ -89,9 +89,9 @@ def sequence(model: Llama, codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(ddt: DDT, codes: Tensor, generator: torch.Generator | None = None, batch: int = 512) -> Tensor:
+def decode(ddt: DDT, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """codes (B, F, K) -> frames (B, F, 3, H, W) in [0, 1], one call of the decoder each."""
-    frames = [ddt.decode(part, generator=generator) for part in codes.flatten(0, 1).split(batch)]
+    frames = [ddt.decode(part, generator=generator) for part in codes.flatten(0, 1).split(at_a_time(codes.device))]
     return torch.cat(frames).unflatten(0, codes.shape[:2])
 
 

@@ -91,7 +91,7 @@ def test_health_is_logged(finished):
 def test_a_finished_run_is_not_done_again(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
     result = run("grpo.py", "--out", finished, *GRPO)
-    assert result.returncode == 0 and "missing" not in result.stdout and "is trained" in result.stdout
+    assert result.returncode == 0 and "is missing" not in result.stdout and "is trained" in result.stdout
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 
 
