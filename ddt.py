@@ -656,7 +656,7 @@ def train_vae(config: Config, world: train.World) -> VAE:
             mse, kl = model(2 * frames - 1, world.share(noise).to(world.device))
             loss = (mse + 1e-6 * kl).sum() / c.batch
             log(step, mse=train.total(mse.sum()) / c.batch, kl=train.total(kl.sum()) / c.batch,
-                **train.update(model, optimizer, loss, step, c))
+                **train.update(model, optimizer, [loss], step, c))
             train.checkpoint(folder, vae, optimizer, step, c, world)
     with torch.no_grad():       # latents of zero mean and unit variance: the flow mixes them with unit noise
         mean = vae.moments(2 * data[train.rows(c.seed, 0, 512, len(data))] - 1)[0]
@@ -708,7 +708,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                     z = ddt.quantizer.vectors(ddt.encoder(ddt.latent(data[rows])))
                 ddt.quantizer.fill(z.flatten(0, 1))
             result = model(x0, u, noise)
-            health = train.update(model, optimizer, result["loss"].sum() / B, step, config)
+            health = train.update(model, optimizer, [result["loss"].sum() / B], step, config)
             pure = u == 1
             at_noise = train.total(torch.stack([result["mse"][pure].sum(), pure.sum()]))
             mse_noise = at_noise[0].detach() / at_noise[1].clamp(min=1)

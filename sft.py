@@ -165,7 +165,7 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
         for step in range(first, config.steps):
             rows = world.share(train.rows(config.seed, step, config.batch, len(codes)))
             loss = loss_of(sequence(model, codes[rows].to(world.device))).sum() / config.batch
-            log(step, loss=train.total(loss), **train.update(model, optimizer, loss, step, config))
+            log(step, loss=train.total(loss), **train.update(model, optimizer, [loss], step, config))
             train.checkpoint(folder, model, optimizer, step, config, world)
     reward.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
     train.finish(folder, model.save, config, model, world)

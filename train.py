@@ -12,7 +12,7 @@ A stage's loop reads:
         for step in range(first, config.steps):
             rows = world.share(train.rows(config.seed, step, config.batch, len(data)))
             loss = ...                                      # sum over this rank's rows / the global batch
-            log(step, loss=..., **train.update(model, optimizer, loss, step, config))
+            log(step, loss=..., **train.update(model, optimizer, [loss], step, config))
             train.checkpoint(folder, model, optimizer, step, config, world)
 
 Everything random in a step is drawn from a generator made of (seed, step), never from a running state. So a run that was
@@ -38,6 +38,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 import torch
@@ -245,12 +246,14 @@ def learning_rate(step: int, config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def update(model: nn.Module, optimizer: torch.optim.AdamW, loss: Tensor, step: int, config) -> dict[str, float]:
+def update(model: nn.Module, optimizer: torch.optim.AdamW, losses: Iterable[Tensor], step: int, config) -> dict[str, float]:
     """
-    Backward and one optimizer step. `loss` is this rank's sum over rows / the size of the global batch; DDP averages
-    gradients over ranks, so the loss is scaled back to a sum: ranks may hold shares of unequal size.
+    A backward pass for each of `losses`, then one optimizer step. A loss is this rank's sum over rows / the size of the
+    global batch; DDP averages gradients over ranks, so it is scaled back to a sum: ranks may hold unequal shares. Every
+    rank gives as many losses; a generator computes each when the last one's graph is gone.
     """
-    (loss * (dist.get_world_size() if dist.is_initialized() else 1)).backward()
+    for loss in losses:
+        (loss * (dist.get_world_size() if dist.is_initialized() else 1)).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
     lr = learning_rate(step, config)
     for group in optimizer.param_groups:

@@ -129,7 +129,7 @@ def step_of(world):
     optimizer = train.adamw(model, config)
     everywhere = train.distribute(model, world)
     loss = (everywhere(world.share(x)) - world.share(y)).square().sum() / ROWS
-    norm = train.update(model, optimizer, loss, 0, config)["grad_norm"]
+    norm = train.update(model, optimizer, [loss], 0, config)["grad_norm"]
     return [*model.state_dict().values(), torch.tensor(norm)]
 
 
@@ -203,7 +203,7 @@ def test_only_matrices_decay():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = train.adamw(model, config)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
-    train.update(model, optimizer, sum((0 * p).sum() for p in model.parameters()), 0, config)
+    train.update(model, optimizer, [sum((0 * p).sum() for p in model.parameters())], 0, config)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name] * (1 - 0.1 * 0.5 if value.ndim == 2 else 1))
 
@@ -215,18 +215,29 @@ def test_update_clips_and_reports(clip):
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     gradient = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     norm = torch.cat([g.flatten() for g in gradient]).norm().item()
-    health = train.update(model, optimizer, model(x).square().sum(), 1, config)
+    health = train.update(model, optimizer, [model(x).square().sum()], 1, config)
     assert health == pytest.approx({"grad_norm": norm, "learning_rate": 0.2 * 2 / 4}) and norm > 1
     for p, g in zip(model.parameters(), gradient):
         torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * g * (clip / norm if clip else 1))
         assert p.grad is None
 
 
+def test_parts_of_a_loss_add_up():
+    config, x = Config(clip=0.0), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    after = []
+    for parts in (1, 3):
+        model = mlp()
+        losses = (model(part).square().sum() / 6 for part in x.tensor_split(parts))
+        train.update(model, train.adamw(model, config), losses, 0, config)
+        after.append(torch.cat([p.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*after)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing():
     config, model = Config(), mlp()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(Problem, match="step 3 .*--lr"):
-        train.update(model, train.adamw(model, config), model(torch.full((1, 4), math.nan)).sum(), 3, config)
+        train.update(model, train.adamw(model, config), [model(torch.full((1, 4), math.nan)).sum()], 3, config)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -246,7 +257,7 @@ def fit(folder, config, stop=None, model=None):
             x = data[train.rows(config.seed, step, config.batch, len(data))]
             noise = torch.randn(x.shape, generator=train.generator(config.seed, step))
             loss = (model(x + 0.1 * noise) - x[:, :2]).square().sum() / config.batch
-            log(step, loss=loss, **train.update(model, optimizer, loss, step, config))
+            log(step, loss=loss, **train.update(model, optimizer, [loss], step, config))
             train.checkpoint(folder, model, optimizer, step, config, ALONE)
     return model, first
 
