@@ -83,7 +83,7 @@ class Config:
     quantize_by: float = 0.5        # ... and at this share of the steps at the latest
     commitment: float = 0.25
     # optimization
-    steps: int = 4000
+    steps: int = 5500
     batch: int = 64
     lr: float = 1.5e-3
     warmup: int = 800           # long: at 2e-3 at once, the plateau took 600 to 1500 steps to leave, at 1e-3 half of that

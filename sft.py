@@ -50,7 +50,7 @@ class Config:
     heads: int = 4
     kv_heads: int = 2
     # optimization
-    steps: int = 1000
+    steps: int = 700
     batch: int = 32
     lr: float = 1.5e-3
     warmup: int = 50
