@@ -86,7 +86,7 @@ class Config:
     steps: int = 5500
     batch: int = 64
     lr: float = 1.5e-3
-    warmup: int = 800           # long: at 2e-3 at once, the plateau took 600 to 1500 steps to leave, at 1e-3 half of that
+    warmup: int = 800           # long: with 100 steps to 2e-3 the plateau took 900 to 1500 steps, so it takes 500
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
@@ -333,7 +333,7 @@ class EMAVectorQuantizer(nn.Module):
         self.updates += 1
 
     def place(self, where: Tensor, vectors: Tensor, count: Tensor) -> None:
-        """Puts codes (mask (N,)) at vectors (N, dim). Their EMA sums too, with a count above the threshold: else they die again."""
+        """Puts codes (mask (N,)) at vectors (N, dim), with EMA sums and a count above the threshold: else they die again."""
         self.codebook[where] = vectors[where]
         self.count[where] = count
         self.sum[where] = vectors[where] * count
@@ -398,7 +398,8 @@ class Stream(nn.Module):
         if not last:
             self.out = nn.Linear(inner, width)
             self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not condition)
-            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"),
+                                     nn.Linear(4 * width, width))
 
     def before(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """x (B, L, D), condition (B, C) -> q, k, v (B, heads, L, head_dim) each, modulation for `after`."""
@@ -461,8 +462,8 @@ class MMDiT(nn.Module):
         self.latent_in = nn.Linear(channels * c.patch ** 2, c.width)
         self.token_in = nn.Linear(code_dim, c.width)
         self.register_buffer("position", sincos_2d(self.side, c.width), persistent=False)
-        # Large enough to tell the tokens apart from the start: at 0.02 the decoder reads all alike, all learn to say the same,
-        # and what each adds to the others is little (mean error at pure noise 0.11 against 0.06, 500 steps after quantization).
+        # Large enough to tell the tokens apart from the start: at 0.02 the decoder reads all alike, several learn to say
+        # the same, and add little to each other (error at pure noise 0.11 against 0.06, 500 steps after quantization).
         self.token_position = nn.Parameter(0.5 * torch.randn(c.queries, c.width))
         self.time = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.image_blocks = nn.ModuleList(Stream(c.width, c.width, c.heads, c.width) for _ in range(c.layers))
@@ -608,6 +609,10 @@ def load_folder(folder, name: str) -> tuple[dict, dict[str, Tensor]]:
 # ------------------------------------------------------------------ training
 
 
+def millions(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M"
+
+
 class Frames:
     """Single frames of training clips, painted when they are asked for. Index i is frame i % 32 of clip i // 32."""
 
@@ -643,16 +648,18 @@ def train_vae(config: Config, world: train.World) -> VAE:
                "up_block_types": ["UpDecoderBlock2D"] * config.vae_levels,
                "use_quant_conv": False, "use_post_quant_conv": False,
                "scaling_factor": 1.0, "shift_factor": 0.0}).to(world.device)
-    c = dataclasses.replace(config, steps=config.vae_steps, lr=config.vae_lr, batch=config.vae_batch, warmup=config.vae_steps // 6)
+    c = dataclasses.replace(config, steps=config.vae_steps, lr=config.vae_lr, batch=config.vae_batch,
+                            warmup=config.vae_steps // 6)
     optimizer = train.adamw(vae, c)
     first = train.resume(folder, vae, optimizer, c)
-    world.say(f"VAE: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters, {c.steps} steps of {c.batch} frames")
+    world.say(f"VAE: {millions(vae)} parameters, {c.steps} steps of {c.batch} frames")
     data = Frames(config, world.device)
     model = train.distribute(AutoencoderLoss(vae), world)
     with train.Log(folder, first, c, world, show=("mse",)) as log:
         for step in range(first, c.steps):
             frames = data[world.share(train.rows(c.seed, step, c.batch, len(data)))]
-            noise = torch.randn(c.batch, c.vae_latent, *2 * [c.size // vae.shrink], generator=train.generator(c.seed, step))
+            side = c.size // vae.shrink
+            noise = torch.randn(c.batch, c.vae_latent, side, side, generator=train.generator(c.seed, step))
             mse, kl = model(2 * frames - 1, world.share(noise).to(world.device))
             loss = (mse + 1e-6 * kl).sum() / c.batch
             log(step, mse=train.total(mse.sum()) / c.batch, kl=train.total(kl.sum()) / c.batch,
@@ -661,7 +668,8 @@ def train_vae(config: Config, world: train.World) -> VAE:
     with torch.no_grad():       # latents of zero mean and unit variance: the flow mixes them with unit noise
         mean = vae.moments(2 * data[train.rows(c.seed, 0, 512, len(data))] - 1)[0]
     vae.config |= {"shift_factor": mean.mean().item(), "scaling_factor": 1 / mean.std().item()}
-    reward.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
+    if world.is_main:
+        reward.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
     train.finish(folder, vae.save, c, vae, world)
     return vae.eval().requires_grad_(False)
 
@@ -688,8 +696,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     ddt = DDT(config, vae).to(world.device)
     optimizer = train.adamw(ddt, config)
     first = train.resume(folder, ddt, optimizer, config)
-    world.say(f"DDT: {sum(p.numel() for p in ddt.encoder.parameters()) / 1e6:.2f}M encoder, "
-              f"{sum(p.numel() for p in ddt.decoder.parameters()) / 1e6:.2f}M decoder, {config.steps} steps of {config.batch} frames")
+    world.say(f"DDT: {millions(ddt.encoder)} parameters encoder, {millions(ddt.decoder)} decoder, "
+              f"{config.steps} steps of {config.batch} frames")
     data = Frames(config, world.device)
     model = train.distribute(ddt, world)
     B, K, device = config.batch, config.queries, world.device
@@ -702,7 +710,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             u = torch.where(torch.rand(B, generator=generator) < config.pure_noise, 1.0, u)
             noise = torch.randn(B, *x0.shape[1:], generator=generator)
             u, noise = world.share(u).to(device), world.share(noise).to(device)
-            if not ddt.quantizer.active and (ddt.noise_mse < config.quantize_below or step >= config.quantize_by * config.steps):
+            left_plateau = ddt.noise_mse < config.quantize_below or step >= config.quantize_by * config.steps
+            if left_plateau and not ddt.quantizer.active:
                 rows = world.share(train.rows(config.seed, step, 16 * B, len(data)))
                 with torch.no_grad():
                     z = ddt.quantizer.vectors(ddt.encoder(ddt.latent(data[rows])))
@@ -720,7 +729,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                 codes_used=int((use > 0.1 / len(use)).sum()) if q.active else 0,
                 perplexity=math.exp(-(use * (use + 1e-9).log()).sum()) if q.active else 0.0, **health)
             train.checkpoint(folder, ddt, optimizer, step, config, world)
-    reward.drop_rows(folder.parent / "results.json", "DDT", "SFT", "SFT + RL")
+    if world.is_main:
+        reward.drop_rows(folder.parent / "results.json", "DDT", "SFT", "SFT + RL")
     train.finish(folder, ddt.save, config, ddt, world)
     return ddt.eval().requires_grad_(False)
 
@@ -746,16 +756,17 @@ def reconstruction(model: VAE | DDT) -> Callable[[Tensor], Tensor]:
 
 
 def report(config, ddt: DDT, world: train.World) -> None:
-    """The tokenizer's rows of the result table and <out>/ddt/reconstruction.png. What is there already is not done again."""
+    """The tokenizer's rows of the result table and its picture. What is there already is not done again."""
     picture = Path(config.out, "ddt", "reconstruction.png")
     if world.is_main:
         names, device, size = train.scenarios(config.scenario), world.device, ddt.config.size
         for row, predict in (("ground truth", lambda frames: frames), ("VAE", reconstruction(ddt.vae)),
                              ("DDT", reconstruction(ddt))):
-            reward.add_row(Path(config.out, "results.json"), row, predict, names, sim.SHOWN, ddt.config.eval_clips, size=size,
-                           shown=sim.FRAMES, device=device)
+            reward.add_row(Path(config.out, "results.json"), row, predict, names, sim.SHOWN, ddt.config.eval_clips,
+                           size=size, shown=sim.FRAMES, device=device)
         if not picture.exists():
-            clips = [sim.sample(name, split, 1, reward.EVAL_SEED) for name in names for split in ("iid", "small", "large")]
+            clips = [sim.sample(name, split, 1, reward.EVAL_SEED)
+                     for name in names for split in ("iid", "small", "large")]
             truth = [sim.render(c.position, c.radius, size).to(device) for c in clips]
             rows = [x for frames in truth for x in (frames[0], reconstruction(ddt)(frames)[0])]
             sim.save_strip(picture, rows, ["truth", "DDT"] * len(truth), pixels=64)
@@ -776,10 +787,10 @@ def ensure(config, world: train.World) -> DDT:
     folder = Path(config.out, "ddt")
     if not (folder / "model.safetensors").exists():
         world.say(f"{folder} is missing: making it first. {EXPECTED.get(config.preset, '')}")
-        main(["--preset", config.preset, "--out", config.out, "--seed", str(config.seed), "--scenario", config.scenario])
+        main(train.handed_on(config))
     ddt = DDT.load(folder).to(world.device)
     train.need(set(train.scenarios(config.scenario)) <= set(train.scenarios(ddt.config.scenario)),
-               f"--scenario {config.scenario}: the tokenizer in {folder} was trained on {ddt.config.scenario}; choose another --out")
+               f"--scenario {config.scenario}: {folder} was trained on {ddt.config.scenario}; choose another --out")
     report(config, ddt, world)
     return ddt
 
@@ -789,11 +800,11 @@ def main(argv: list[str] | None = None) -> None:
     train.scenarios(c.scenario)
     shrink = 2 ** (c.vae_levels - 1) * c.patch
     train.need(c.quantize_by < 1, f"--quantize_by {c.quantize_by}: a share of the steps, below 1")
-    train.need(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink} (what VAE and patches shrink it by)")
+    train.need(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, what VAE and patches shrink it by")
     train.need(c.vae_width % 8 == 0, f"--vae_width {c.vae_width}: must be a multiple of 8 (its norms have 8 groups)")
     train.need(c.query_width % c.heads == 0 and c.width % (4 * c.heads) == 0 and c.image_width % 4 == 0,
-               f"--query_width {c.query_width}, --width {c.width}, --image_width {c.image_width} must divide by --heads {c.heads} "
-               "(and --width and --image_width by 4)")
+               f"--query_width {c.query_width} and --width {c.width} must divide by --heads {c.heads}, "
+               f"--width and --image_width {c.image_width} by 4")
     world = train.start(c.seed)
     out = train.writable(Path(c.out))
     train.occupy(out, world)

@@ -2,28 +2,28 @@
 Physics reasoning: GRPO with a reward computed from the physics of the decoded frames. The main job.
 
 Source: Phys-AR section 3.4, Table 3 and appendix D; GRPO is Shao et al. 2024, https://arxiv.org/abs/2402.03300.
-For each condition (the first 3 frames of a clip at speeds and sizes just outside the training range) the model samples a group of
-continuations. They are decoded to frames, scored (reward.py), and each is made more likely or less by how much better
-than its group it did.
+For each condition (the first 3 frames of a clip at speeds and sizes just outside the training range) the model samples
+a group of continuations. They are decoded to frames, scored (reward.py), and each is made more likely or less by how
+much better than its group it did.
 
 Differences from textbook GRPO, and choices where the paper is silent
 1. The KL term is to the frozen SFT model. The paper writes pi_old; with one update per rollout that term is zero.
 2. It is exact: a sum over the 256 codes of every token, not an estimate from the sampled one.
 3. Log-probabilities are taken on the support the sampler drew from (top-k 50, top-p 0.95), kept with the rollout, for the
    old policy and the new. So the ratio is exactly 1 at the first update.
-4. Advantages divide by std + 0.01: the reward of one clip differs by about that much between two decodings of the same codes,
+4. Advantages divide by std + 0.01: the reward of one clip differs by 0.01 to 0.03 between two decodings of the same codes,
    and eight equal rollouts must not be told apart by noise.
 5. Clips have one length: no mask, no length normalisation. The loss is the mean over all tokens of the global batch.
 6. What a rollout scores where frames do not count (the true ball has left the view) is nothing: see reward.py.
 
-    torchrun grpo.py                    # from nothing: VAE, DDT, SFT (if they are missing in runs/tiny), GRPO, table, pictures
+    torchrun grpo.py                    # from nothing: VAE, DDT, SFT (if missing in runs/tiny), GRPO, table, pictures
     python grpo.py --steps 80           # the same without torchrun; any field of Config is a flag
     torchrun --nproc_per_node=8 grpo.py # 8 ranks; the global batch stays as it is
 
 Expected at `tiny` on 2 CPU cores: TODO minutes in all, GRPO TODO of them.
 
-Axes: P prompts, G rollouts per prompt (group), R = P G rollouts, S sequence, T sampled tokens, V visual codes, F frames, K tokens of
-a frame.
+Axes: P prompts, G rollouts per prompt (group), R = P G rollouts, S sequence, T sampled tokens, V visual codes, F frames,
+K tokens of a frame.
 """
 import copy
 import math
@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ddt as tokenizer
@@ -80,7 +79,7 @@ PRESETS = {
     "tiny": {},
 }
 EXPECTED = {"tiny": "About 6 minutes on 2 CPU cores."}
-NOISE = 0.01                    # the reward's standard deviation between two decodings of the same codes is 0.013 at tiny
+NOISE = 0.01                    # of the reward: its std between two decodings of the same codes is 0.013 to 0.035
 
 # ------------------------------------------------------------------ the algorithm
 
@@ -117,7 +116,8 @@ def grpo_loss(logits: Tensor, logits_ref: Tensor, codes: Tensor, support: Tensor
     Eq. 9-10 with PPO's clipped ratio, per rollout: the mean over its tokens of
     -min(ratio A, clip(ratio) A) + beta KL(pi || pi_ref).
 
-    logits, logits_ref (R, T, V), codes, logp_old (R, T), support (R, T, V), advantage (R,) -> {loss, kl, entropy, clipped}, (R,) each.
+    logits, logits_ref (R, T, V), codes, logp_old (R, T), support (R, T, V), advantage (R,) ->
+    {loss, kl, entropy, clipped}, (R,) each.
     With ratio 1 the loss is -A + beta KL, and its gradient that of -A log pi + beta KL.
     """
     logp = logprobs(logits, codes, support)                                       # (R, T)
@@ -134,7 +134,8 @@ def grpo_loss(logits: Tensor, logits_ref: Tensor, codes: Tensor, support: Tensor
 
 
 @torch.no_grad()
-def rollout(policy: Llama, reference: Llama, ddt: DDT, clips: sim.Clips, config: Config, generator: torch.Generator) -> Rollout:
+def rollout(policy: Llama, reference: Llama, ddt: DDT, clips: sim.Clips, config: Config,
+            generator: torch.Generator) -> Rollout:
     """Samples config.group continuations of each clip's condition, decodes and scores them."""
     P, G, K = len(clips), config.group, ddt.config.queries
     T = (FRAMES - CONDITION) * K
@@ -164,7 +165,8 @@ class Loss(nn.Module):
 
     def forward(self, r: Rollout) -> dict[str, Tensor]:
         logits = last_logits(self.policy, r.ids, r.codes.shape[1])
-        return grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage, self.config.ratio_clip, self.config.beta)
+        return grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage,
+                         self.config.ratio_clip, self.config.beta)
 
 
 # ------------------------------------------------------------------ training
@@ -192,7 +194,8 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
     first = train.resume(folder, policy, optimizer, config)
     names = train.scenarios(config.scenario)
     data = [sim.sample(name, "posttrain", config.clips, config.seed) for name in names]
-    world.say(f"GRPO: {EXPECTED.get(config.preset, '')} {config.steps} steps of {config.prompts} prompts x {config.group} rollouts")
+    world.say(f"GRPO: {config.steps} steps of {config.prompts} prompts x {config.group} rollouts. "
+              f"{EXPECTED.get(config.preset, '')}")
     loss_of = train.distribute(Loss(policy, config), world)
     R = config.prompts * config.group
     parts = math.ceil(math.ceil(config.prompts / world.size) * config.group / config.micro)       # the same on every rank
@@ -209,11 +212,13 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
             mean = {k: train.total(v.sum()) / R for k, v in (result | r.scores).items()}
             std = r.scores["reward"].std(1)
             group_std, zero = train.total(torch.stack([std.sum(), (std < NOISE).sum()])) / config.prompts
-            log(step, **{"reward": mean["reward"], "reward_std": group_std, "rewards/velocity/mean": mean["velocity"],
-                         "rewards/mass/mean": mean["mass"], "frac_reward_zero_std": zero, "loss": mean["loss"], "kl": mean["kl"],
-                         "entropy": mean["entropy"], "clip_ratio/region_mean": mean["clipped"]}, **health)
+            log(step, **{"reward": mean["reward"], "reward_std": group_std, "frac_reward_zero_std": zero,
+                         "rewards/velocity/mean": mean["velocity"], "rewards/mass/mean": mean["mass"],
+                         "loss": mean["loss"], "kl": mean["kl"], "entropy": mean["entropy"],
+                         "clip_ratio/region_mean": mean["clipped"]}, **health)
             train.checkpoint(folder, policy, optimizer, step, config, world)
-    reward.drop_rows(folder.parent / "results.json", "SFT + RL")
+    if world.is_main:
+        reward.drop_rows(folder.parent / "results.json", "SFT + RL")
     train.finish(folder, policy.save, config, policy, world)
     return policy.eval()
 
@@ -223,7 +228,8 @@ def pictures(out: Path, ddt: DDT, models: dict[str, Llama], scenario: str, devic
     splits = ("iid", "slow", "fast", "small", "large")
     truth = [sim.sample(scenario, split, 1, reward.EVAL_SEED) for split in splits]
     frames = torch.cat([sim.render(c.position, c.radius, ddt.config.size) for c in truth]).to(device)
-    rows = {"truth": frames} | {name: sft.predictor(model, ddt)(frames[:, :CONDITION]) for name, model in models.items()}
+    shown = frames[:, :CONDITION]
+    rows = {"truth": frames} | {name: sft.predictor(model, ddt)(shown) for name, model in models.items()}
     sim.save_gif(out / "clips.gif", list(rows.values()), list(rows), pixels=128)
     strip = {f"{split}, {name}": clips[i] for i, split in enumerate(splits) for name, clips in rows.items()}
     sim.save_strip(out / "clips.png", list(strip.values()), list(strip), pixels=64)

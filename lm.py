@@ -258,7 +258,7 @@ class Llama(nn.Module):
         try:
             config = LlamaConfig.from_json(json.loads((folder / "config.json").read_text()))
         except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder / 'config.json'} cannot be used ({error}): is this a Llama or Qwen2 folder?") from None
+            raise ValueError(f"{folder}/config.json cannot be used ({error}): is this a Llama or Qwen2 folder?") from None
         with torch.device("meta"):
             model = cls(config)
         missing = set(model.state_dict())
@@ -266,7 +266,8 @@ class Llama(nn.Module):
             try:
                 with safe_open(path, "pt", device=str(device or "cpu")) as file:
                     for name in names or file.keys():
-                        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_word_embeddings:
+                        tied = name == "lm_head.weight" and config.tie_word_embeddings
+                        if tied or name.endswith("rotary_emb.inv_freq"):              # nothing that is not elsewhere
                             continue
                         value = file.get_tensor(name)
                         module, _, leaf = name.rpartition(".")
@@ -274,7 +275,8 @@ class Llama(nn.Module):
                             raise ValueError(f"{path} holds {name}, which this model does not have")
                         expected = model.get_parameter(name).shape
                         if value.shape != expected:
-                            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, config.json asks for {tuple(expected)}")
+                            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, config.json asks for "
+                                             f"{tuple(expected)}")
                         if not torch.isfinite(value).all():
                             raise ValueError(f"{path}: {name} holds NaN or infinity")
                         setattr(model.get_submodule(module), leaf, nn.Parameter(value.to(dtype) if dtype else value))
@@ -344,7 +346,7 @@ def logprobs(logits: Tensor, codes: Tensor, support: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, support: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One code from the policy: logits (..., V), support (..., V) -> (...). The largest p / Exponential(1): no host sync."""
+    """One code from the policy: logits, support (..., V) -> (...). The largest p / Exponential(1): no host sync."""
     p = logits.float().masked_fill(~support, -torch.inf).softmax(-1)
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 

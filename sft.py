@@ -113,7 +113,7 @@ def training_codes(config: Config, ddt: DDT, folder: Path, world: train.World) -
     """The training clips as codes (B, F, K), uint8: from <out>/sft/tokens.safetensors, or made by all ranks together."""
     path = folder / "tokens.safetensors"
     stamp = str({"scenario": config.scenario, "clips": config.clips, "seed": config.seed,
-                 "codebook": ddt.quantizer.codebook.double().sum().item()})               # tokens of another tokenizer are stale
+                 "codebook": ddt.quantizer.codebook.double().sum().item()})       # tokens of another tokenizer are stale
     if path.exists():
         tensors, metadata = train.read_safetensors(path)
         if metadata.get("of") == stamp:
@@ -167,7 +167,8 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
             loss = loss_of(sequence(model, codes[rows].to(world.device))).sum() / config.batch
             log(step, loss=train.total(loss), **train.update(model, optimizer, [loss], step, config))
             train.checkpoint(folder, model, optimizer, step, config, world)
-    reward.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
+    if world.is_main:
+        reward.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
     train.finish(folder, model.save, config, model, world)
     return model.eval()
 
@@ -185,7 +186,7 @@ def ensure(config, ddt: DDT, world: train.World) -> Llama:
     folder = Path(config.out, "sft")
     if not (folder / "model.safetensors").exists():
         world.say(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
-        main(["--preset", config.preset, "--out", config.out, "--seed", str(config.seed), "--scenario", config.scenario])
+        main(train.handed_on(config))
     report(config, ddt, model := load(folder, ddt=folder.parent / "ddt" / "model.safetensors").to(world.device), world)
     return model
 
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     train.scenarios(config.scenario)
     train.need(config.hidden % (2 * config.heads) == 0 and config.heads % config.kv_heads == 0,
-               f"--hidden {config.hidden} must divide by 2 --heads ({config.heads}), and --heads by --kv_heads ({config.kv_heads})")
+               f"--hidden {config.hidden} must divide by twice --heads {config.heads}, and that by --kv_heads {config.kv_heads}")
     world = train.start(config.seed)
     out = train.writable(Path(config.out))
     train.occupy(out, world)

@@ -117,6 +117,11 @@ def parse(Config, presets: dict[str, dict], argv: list[str] | None):
     return config
 
 
+def handed_on(config) -> list[str]:
+    """The flags with which a stage starts the one before it; the rest are that stage's own defaults."""
+    return ["--preset", config.preset, "--out", config.out, "--seed", str(config.seed), "--scenario", config.scenario]
+
+
 def scenarios(name: str) -> list[str]:
     """--scenario: one of the simulator's, or all."""
     if name != "all" and name not in sim.SCENARIOS:
@@ -144,7 +149,7 @@ class World:
         return self.rank == 0
 
     def share(self, x):
-        """This rank's part of a global batch (anything sliceable); parts may differ in size by one. Problem if one is empty."""
+        """This rank's part of a global batch; parts differ in size by one at most. Problem if one would be empty."""
         n = len(x)
         if n < self.size:
             raise Problem(f"a batch of {n} cannot be shared by {self.size} ranks: use fewer ranks or a larger batch")
@@ -214,7 +219,8 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
 
 def generator(*key: int, device="cpu") -> torch.Generator:
     """A generator that is a function of integers such as (seed, step)."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1))
+    state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
 
 
 @functools.lru_cache(maxsize=2)
@@ -289,7 +295,7 @@ def occupy(folder: Path, world: World) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Problem(f"another process is training in {folder}: wait for it, stop it, or choose another --out") from None
+            raise Problem(f"another process is training in {folder}: stop it, or choose another --out") from None
 
 
 _occupied: dict[str, object] = {}
@@ -365,8 +371,8 @@ def resume(folder: Path, model: nn.Module, optimizer, config) -> int:
             _, i, key = name.split(".")
             state.setdefault(int(i), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for p, moments in optimizer.state.items():      # the fused kernel walks memory: moments must lie as their parameter does
-        for key, value in moments.items():          # (channels_last in a VAE)
+    for p, moments in optimizer.state.items():      # the fused kernel walks memory: moments must lie as their parameter
+        for key, value in moments.items():          # does (channels_last in a VAE)
             if value.shape == p.shape:
                 moments[key] = torch.empty_like(p).copy_(value)
     return step
@@ -395,8 +401,8 @@ def is_trained(folder: Path, name: str, config, world: World) -> bool:
         return False
     if (folder / "trained.json").exists():
         if changed := _changed(json.loads((folder / "trained.json").read_text()), config):
-            raise Problem(f"{folder} was trained with another configuration ({'; '.join(changed[:4])}): restore that, choose "
-                          "another --out, or train it again with --fresh")
+            raise Problem(f"{folder} was trained with another configuration ({'; '.join(changed[:4])}): restore that, "
+                          "choose another --out, or train it again with --fresh")
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)         # left by a kill between saving and cleaning up
     world.say(f"{folder} is trained (--fresh trains it again)")
     return True
@@ -416,7 +422,7 @@ def discard(folder: Path) -> None:
 
 def made_of(folder: Path, **sources: Path) -> None:
     """
-    Notes which weight files a stage starts from; raises Problem when the folder's model or checkpoint started from others.
+    Notes which weight files a stage starts from; Problem when the folder's model or checkpoint started from others.
     Without it, a model would silently be used with the codes of a tokenizer that has been trained anew since.
     """
     now = {}
@@ -445,7 +451,8 @@ class Log:
     """
 
     def __init__(self, folder: Path, first: int, config, world: World, show: tuple[str, ...] = ("loss",)):
-        self.path, self.first, self.steps, self.on, self.show = folder / "log.jsonl", first, config.steps, world.is_main, show
+        self.path, self.on, self.show = folder / "log.jsonl", world.is_main, show
+        self.first, self.steps = first, config.steps
 
     def __enter__(self):
         if self.on:
@@ -455,8 +462,8 @@ class Log:
             os.replace(aside, self.path)
             self.file = open(self.path, "a")
             quiet = not sys.stderr.isatty()                 # in a file: a line every 10 seconds, not ten a second
-            self.bar = tqdm(total=self.steps, initial=self.first, desc=self.path.parent.name, mininterval=10 if quiet else 0.2,
-                            ncols=100, unit="step")
+            self.bar = tqdm(total=self.steps, initial=self.first, desc=self.path.parent.name, ncols=100, unit="step",
+                            mininterval=10 if quiet else 0.2)
             self.time = time.perf_counter()
         return self
 
@@ -466,7 +473,8 @@ class Log:
             metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
             line = {"step": step} | metrics | {"step_time": now - self.time}
             self.time = now
-            self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+            short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+            self.file.write(json.dumps(short) + "\n")
             self.file.flush()
             self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in self.show if k in metrics}, refresh=False)
             self.bar.update()
