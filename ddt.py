@@ -720,7 +720,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             health = train.update(model, optimizer, [result["loss"].sum() / B], step, config)
             pure = u == 1
             at_noise = train.total(torch.stack([result["mse"][pure].sum(), pure.sum()]))
-            mse_noise = at_noise[0].detach() / at_noise[1].clamp(min=1)
+            mse_noise = at_noise[0] / at_noise[1].clamp(min=1)
             ddt.noise_mse.lerp_(mse_noise, 0.05 if at_noise[1] else 0)
             q = ddt.quantizer
             use = q.count / q.count.sum()

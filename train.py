@@ -184,9 +184,10 @@ def start(seed: int) -> World:
 
 
 def total(x: Tensor) -> Tensor:
-    """Sum of a tensor over the ranks."""
+    """Sum of a tensor over the ranks, for the log: without its graph, which a running mean would keep alive."""
+    x = x.detach()
     if dist.is_initialized():
-        x = x.detach().clone()
+        x = x.clone()
         dist.all_reduce(x)
     return x
 

@@ -113,6 +113,8 @@ def test_shares_cover_every_row_once():
 def test_without_a_process_group():
     x = torch.randn(3, 2)
     assert torch.equal(train.total(x), x) and torch.equal(train.gather(x), x)
+    assert not train.total(x.requires_grad_()).requires_grad            # or a running mean of losses keeps every step's graph
+    x = x.detach()
     train.wait(ALONE)
     model = mlp()
     assert train.distribute(model, ALONE) is model
