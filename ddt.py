@@ -701,7 +701,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
               f"{config.steps} steps of {config.batch} frames")
     data = Frames(config, world.device)
     model = train.distribute(ddt, world)
-    B, K, device = config.batch, config.queries, world.device
+    B, device = config.batch, world.device
     with train.Log(folder, first, config, world, show=("mse", "mse_noise", "codes_used")) as log:
         for step in range(first, config.steps):
             model.train()

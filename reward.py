@@ -108,11 +108,16 @@ def _mean(x: Tensor, where: Tensor) -> Tensor:
     return per_ball.nanmean(-1)                                                       # (B,)
 
 
-def _measure(frames: Tensor, clips: Clips, after_impact: bool) -> dict[str, Tensor]:
+def _balls(frames: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
+    """The clips' balls in frames (B, F, 3, H, W): see `detect`."""
     if frames.shape[:2] != (len(clips), FRAMES):
         raise ValueError(f"{len(clips)} clips of {FRAMES} frames are compared with frames of shape "
                          f"{tuple(frames.shape)}")
-    center, radius, found = detect(frames, clips.radius.shape[1])
+    return detect(frames, clips.radius.shape[1])
+
+
+def _measure(balls: tuple[Tensor, Tensor, Tensor], clips: Clips, after_impact: bool) -> dict[str, Tensor]:
+    center, radius, found = balls                                                     # (B, F, N, 2), (B, F, N) twice
     pairs = _pairs(clips, after_impact)                                               # (B, P, N)
     seen = found[:, 1:] & found[:, :-1]                                               # (B, P, N)
     wrong = ((center.diff(dim=1) - clips.position.diff(dim=1)) / DT).float()          # (B, P, N, 2)  v - v^
@@ -126,7 +131,7 @@ def _measure(frames: Tensor, clips: Clips, after_impact: bool) -> dict[str, Tens
     lost = (pairs & ~seen).sum(1) / count                                             # share of pairs without a ball
     drift_error = (mean_wrong.norm(dim=-1) + MISSING * lost).nanmean(-1)              # (B,)
 
-    valid = clips.inside & (torch.arange(FRAMES, device=frames.device) >= CONDITION)[:, None]      # (B, F, N)
+    valid = clips.inside & (torch.arange(FRAMES, device=found.device) >= CONDITION)[:, None]      # (B, F, N)
     wrong_radius = (radius - clips.radius[:, None].float()).abs().clamp(max=RADIUS_MISSING)
     return {"velocity_error": velocity_error, "drift_error": drift_error,
             "radius_error": _mean(torch.where(found, wrong_radius, RADIUS_MISSING), valid),
@@ -140,7 +145,14 @@ def errors(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
     Units per second, units per second, world units, share of frames without a ball. See the head of the file for what
     counts. NaN for a clip in which nothing does (its balls are never in view after the condition or the impact).
     """
-    return _measure(frames, clips, after_impact=True)
+    return _measure(_balls(frames, clips), clips, after_impact=True)
+
+
+def _reward(balls: tuple[Tensor, Tensor, Tensor], clips: Clips) -> dict[str, Tensor]:
+    error = _measure(balls, clips, after_impact=False)
+    velocity = ALPHA * torch.exp(-K * error["velocity_error"])
+    mass = 1 - error["radius_error"]
+    return {"reward": velocity + mass, "velocity": velocity, "mass": mass}
 
 
 def reward(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
@@ -148,10 +160,7 @@ def reward(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
     Eq. 5-7: frames (B, F, 3, H, W) -> {reward, velocity, mass}, each (B,). velocity is in (0, 4], mass in [-1, 1], and
     reward their sum. NaN for a clip in which no frame counts.
     """
-    error = _measure(frames, clips, after_impact=False)
-    velocity = ALPHA * torch.exp(-K * error["velocity_error"])
-    mass = 1 - error["radius_error"]
-    return {"reward": velocity + mass, "velocity": velocity, "mass": mass}
+    return _reward(_balls(frames, clips), clips)
 
 
 # ------------------------------------------------------------------ evaluation
@@ -176,7 +185,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
         if frames.shape != truth.shape:
             raise ValueError(f"predict returned {tuple(frames.shape)}, expected {tuple(truth.shape)}")
         frames = sim.to_uint8(frames).float() / 255 if torch.isfinite(frames).all() else frames   # detect reports NaN
-        for name, value in (errors(frames, part) | reward(frames, part)).items():
+        balls = _balls(frames, part)                                                  # found once, for both
+        for name, value in (_measure(balls, part, after_impact=True) | _reward(balls, part)).items():
             collected.setdefault(name, []).append(value.cpu().double())
     result = {}
     for name, parts in collected.items():
