@@ -267,6 +267,18 @@ def test_no_update_in_eval_or_while_inactive(active, training):
     assert (commitment > 0).all() if active else (commitment == 0).all()
 
 
+def test_noise_until_quantization():
+    """It turns the unit vectors before they are quantized, and is ignored once they are."""
+    x, noise = torch.randn(5, 3, 6, generator=seeded()), 0.3 * torch.randn(5, 3, 4, generator=seeded(1))
+    for active in (False, True):
+        q = quantizer(active=active).eval()
+        plain, noisy = q(x)[0], q(x, noise)[0]
+        assert torch.equal(plain, noisy) == active
+        if not active:
+            expected = q.vectors(x) + noise
+            torch.testing.assert_close(noisy, expected / expected.norm(dim=-1, keepdim=True))
+
+
 def test_straight_through():
     """Forward the code, backward as if it were the vector; the commitment pulls the vector to its code."""
     q = quantizer()
