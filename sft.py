@@ -8,6 +8,9 @@ Choices where the paper is silent
 1. The softmax is over the 256 visual codes only: at inference text words are masked anyway.
 2. Codes enter in the order of their time steps, V_1 first.
 3. Clips are tokenised once, before training. They are a few bytes each: 32 K uint8.
+4. One code in ten of what the model reads is replaced by a random one; what it has to say stays true. A model that has only
+   read true clips derails at its own first odd code, or at a ball whose size it does not know (iid drift_error 0.55
+   without, 0.33 with; reward on post-training clips 1.67 and 2.21: one run each, 128 clips).
 
     python sft.py                       # makes runs/tiny/vae and runs/tiny/ddt first if they are missing
 
@@ -43,6 +46,7 @@ class Config:
     # data
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
     clips: int = 6000           # training clips per scenario
+    corrupt: float = 0.1        # share of the codes read that are replaced by random ones
     # model
     hidden: int = 128
     ffn: int = 384
@@ -50,8 +54,8 @@ class Config:
     heads: int = 4
     kv_heads: int = 2
     # optimization
-    steps: int = 1000
-    batch: int = 32
+    steps: int = 2000
+    batch: int = 16             # twice the steps of 32 clips learn more in the same time
     lr: float = 1.5e-3
     warmup: int = 50
     beta1: float = 0.9
@@ -132,14 +136,16 @@ def training_codes(config: Config, ddt: DDT, folder: Path, world: train.World) -
 
 
 class NextToken(nn.Module):
-    """Cross-entropy of every code given those before it: ids (B, S) -> nats a token, per clip (B,)."""
+    """
+    Cross-entropy of every code of ids (B, S) given those that were `read` before it (B, S) -> nats a token, per clip (B,).
+    """
 
     def __init__(self, model: Llama):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor) -> Tensor:
-        logits = self.model.visual_logits(self.model(ids[:, :-1]))                        # (B, S - 1, V)
+    def forward(self, ids: Tensor, read: Tensor) -> Tensor:
+        logits = self.model.visual_logits(self.model(read[:, :-1]))                       # (B, S - 1, V)
         target = ids[:, 1:] - self.model.first_code                                       # (B, S - 1)
         return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view_as(target).mean(1)
 
@@ -163,8 +169,13 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
     loss_of = train.distribute(NextToken(model), world)
     with train.Log(folder, first, config, world) as log:
         for step in range(first, config.steps):
-            rows = world.share(train.rows(config.seed, step, config.batch, len(codes)))
-            loss = loss_of(sequence(model, codes[rows].to(world.device))).sum() / config.batch
+            ids = sequence(model, codes[train.rows(config.seed, step, config.batch, len(codes))])         # (B, S)
+            generator = train.generator(config.seed, step)
+            wrong = torch.rand(ids.shape, generator=generator) < config.corrupt
+            wrong[:, 0] = False                                                           # BOS stays
+            other = model.first_code + torch.randint(V, ids.shape, generator=generator)
+            read = torch.where(wrong, other, ids)
+            loss = loss_of(world.share(ids).to(world.device), world.share(read).to(world.device)).sum() / config.batch
             log(step, loss=train.total(loss), **train.update(model, optimizer, [loss], step, config))
             train.checkpoint(folder, model, optimizer, step, config, world)
     if world.is_main:
@@ -203,6 +214,7 @@ def load(folder: Path, **sources: Path) -> Llama:
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     train.scenarios(config.scenario)
+    train.need(0 <= config.corrupt < 1, f"--corrupt {config.corrupt}: a share of the codes, below 1")
     train.need(config.hidden % (2 * config.heads) == 0 and config.heads % config.kv_heads == 0,
                f"--hidden {config.hidden} must divide by twice --heads {config.heads}, and that by --kv_heads {config.kv_heads}")
     world = train.start(config.seed)
