@@ -64,7 +64,7 @@ class Config:
     # optimization
     updates: int = 1            # per rollout
     micro: int = 32             # rollouts per backward pass: 64 at once take the CPU 1.5 to 3 times as long
-    steps: int = 50
+    steps: int = 60
     lr: float = 1e-4
     warmup: int = 5
     beta1: float = 0.9
@@ -72,7 +72,7 @@ class Config:
     eps: float = 1e-6
     weight_decay: float = 0.05
     clip: float = 1.0           # gradient norm; 0: no clipping
-    eval_clips: int = 128       # per split of the table at the end
+    eval_clips: int = 256       # per split of the table at the end
 
 
 PRESETS = {
@@ -253,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
             reward.add_row(out / "results.json", row, sft.predictor(model, ddt), names, ("posttrain", *sim.SHOWN),
                            config.eval_clips, size=ddt.config.size, device=world.device)
         print(reward.table(out / "results.json"))
+        print("\n" + reward.difference(out / "results.json", "SFT", "SFT + RL"))
         pictures(out, ddt, {"SFT": reference, "SFT + RL": policy}, names[0], world.device)
         print(f"\nresults: {out}/results.json   pictures: {out}/clips.gif, {out}/clips.png")
     train.wait(world)

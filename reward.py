@@ -166,14 +166,15 @@ def reward(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
 # ------------------------------------------------------------------ evaluation
 
 def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: int, seed: int = 0, *,
-             size: int = 128, shown: int = CONDITION, batch: int = 64, device="cpu") -> dict[str, float]:
+             size: int = 128, shown: int = CONDITION, batch: int = 64, device="cpu", each: bool = False) -> dict:
     """
     Measures a model on n clips of a split it is given nothing of but the first frames.
 
     predict: frames (B, shown, 3, size, size) in [0, 1] -> frames (B, 32, 3, size, size). Predictions are measured as 8-bit
     pictures, as a saved video would be. shown = 32 measures reconstruction.
     Returns the means of velocity_error, drift_error, radius_error, missing, reward, velocity, mass, each with its
-    standard error as `<name>_se`, and n (clips measured) and left_out (clips in which no frame counts).
+    standard error as `<name>_se`, and n (clips measured) and left_out (clips in which no frame counts). With `each`, also
+    the reward and drift_error of every clip (NaN: left out): two models are best compared clip by clip.
     Raises ValueError for an unknown split, n < 1, or a prediction of another shape or with NaN.
     """
     clips = sim.sample(scenario, split, n, seed)
@@ -195,7 +196,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
         result[name] = value.mean().item()
         result[name + "_se"] = value.std().item() / math.sqrt(len(value)) if len(value) > 1 else math.nan
     kept = ~torch.cat(collected["velocity_error"]).isnan()
-    return result | {"n": int(kept.sum()), "left_out": int((~kept).sum())}
+    result |= {"n": int(kept.sum()), "left_out": int((~kept).sum())}
+    return result | {"each": {k: torch.cat(collected[k]).tolist() for k in ("reward", "drift_error")}} if each else result
 
 
 COLUMNS = ("velocity_error", "drift_error", "radius_error", "missing", "reward")
@@ -222,7 +224,8 @@ def add_row(path: Path, row: str, predict: Callable[[Tensor], Tensor], scenarios
         for split in splits:
             place = results.setdefault(row, {}).setdefault(scenario, {})
             if place.get(split, {}).get("of") != of:
-                place[split] = evaluate(predict, scenario, split, n, EVAL_SEED, size=size, **options) | {"of": of}
+                result = evaluate(predict, scenario, split, n, EVAL_SEED, size=size, each=True, **options)
+                place[split] = result | {"of": of}
                 _write(path, results)
 
 
@@ -235,7 +238,7 @@ def drop_rows(path: Path, *rows: str) -> None:
 
 def _write(path: Path, results: dict) -> None:
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(results, indent=1))
+    aside.write_text(json.dumps(results))
     os.replace(aside, path)
 
 
@@ -248,6 +251,22 @@ def table(path: Path) -> str:
         lines += [f"  {name:20s}{r['n']:6d}" + "".join(f"{r[c]:9.3f} +-{r[c + '_se']:6.3f}" for c in COLUMNS)
                   for name, r in rows.items()]
     return "\n".join(lines)
+
+
+def difference(path: Path, before: str, after: str) -> str:
+    """What changed from one row of a JSON file to another: mean and standard error of the difference, clip by clip."""
+    results = _read(path)
+    lines = [f"{after} minus {before}, the same clips".ljust(42) + f"{'reward':>28s}{'drift_error':>28s}"]
+    for scenario, splits in results[after].items():
+        for split in splits:
+            line = f"  {scenario}, {split}".ljust(42)
+            for name in ("reward", "drift_error"):
+                a, b = (torch.tensor(results[row][scenario][split]["each"][name]) for row in (before, after))
+                change = (b - a)[~(b - a).isnan()]
+                mean, se = change.mean().item(), (change.std() / len(change) ** 0.5).item()
+                line += f"{mean:+10.3f} +-{se:6.3f} ({mean / se:+5.1f})"
+            lines.append(line)
+    return "\n".join(lines) + "\n(in brackets: in standard errors)"
 
 
 # ------------------------------------------------------------------ calibration

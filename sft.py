@@ -54,7 +54,7 @@ class Config:
     heads: int = 4
     kv_heads: int = 2
     # optimization
-    steps: int = 2000
+    steps: int = 2800
     batch: int = 16             # twice the steps of 32 clips learn more in the same time
     lr: float = 1.5e-3
     warmup: int = 50
@@ -63,7 +63,7 @@ class Config:
     eps: float = 1e-6
     weight_decay: float = 0.05
     clip: float = 1.0           # gradient norm; 0: no clipping
-    eval_clips: int = 128       # per split of the table at the end
+    eval_clips: int = 256       # per split of the table at the end
 
 
 PRESETS = {

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -416,6 +417,21 @@ def test_evaluate_refuses_bad_arguments():
 
 
 # ------------------------------------------------------------------ the table of results
+
+def test_difference_is_clip_by_clip(tmp_path):
+    """Against numpy, on results written by hand; a clip that one of the two could not measure counts in neither."""
+    a = {"reward": [1.0, 2.0, 4.0, math.nan], "drift_error": [0.5, 0.25, 1.0, 0.1]}
+    b = {"reward": [1.5, 2.25, 4.5, 2.0], "drift_error": [0.25, 0.25, math.nan, 0.1]}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({row: {"uniform": {"iid": {"each": each}}} for row, each in (("A", a), ("B", b))}))
+    line = next(line for line in reward.difference(path, "A", "B").splitlines() if "uniform, iid" in line)
+    numbers = [float(x) for x in re.findall(r"[-+]?\d+\.\d+", line)]
+    up, down = np.array([0.5, 0.25, 0.5]), np.array([-0.25, 0, 0])
+    expected = [x for d in (up, down) for x in (d.mean(), d.std(ddof=1) / 3 ** 0.5,
+                                                d.mean() / (d.std(ddof=1) / 3 ** 0.5))]
+    np.testing.assert_allclose(np.abs(numbers), np.abs(expected), atol=0.051)
+    np.testing.assert_allclose([numbers[0], numbers[3]], [up.mean(), down.mean()], atol=6e-4)
+
 
 def test_a_table_is_continued_not_measured_again(tmp_path):
     path, calls = tmp_path / "results.json", []
