@@ -1,5 +1,6 @@
 """
-The language model: Llama (and Qwen2) written out, weights in and out, a key-value cache, and the sampling of codes.
+The language model: Llama (and Qwen2) written out, weights in and out, a key-value cache, text tokenizers, and the sampling
+of codes.
 
 Source: Phys-AR section 3.3 and 4.1. A Llama whose vocabulary is extended by the 256 visual codes predicts the codes of the
 next frames; the logits of all text words are masked before sampling; top-k 50, top-p 0.95.
@@ -11,16 +12,33 @@ Choices where the paper is silent
 3. One definition of the policy. `truncate` says which codes may be drawn (the support), `logprobs` the log-probability of
    a code within it. Sampler and trainer call the same two, and the sampler hands its support on. So the ratio of
    new and old policy is exactly 1 before the first update, also under top-k and top-p.
+4. New rows of embedding and head start at the mean and spread of the rows there are, column by column.
+
+    python lm.py --llm DIR                                # what is in a folder, and a continuation: are the weights right?
+    python lm.py --llm DIR --prompt "The speed of light is" --tokens 50 --dtype bfloat16 --device cuda
+
+Folders: Hugging Face's (config.json, one safetensors file or shards with an index) and Meta's (params.json,
+consolidated.00.pth). Llama 2, 3, 3.1 and Qwen2, Qwen2.5 (Table 1).
 
 Axes: B batch, G group (samples per prompt), S sequence, D width, H heads, V vocabulary or visual codes.
 """
+import argparse
+import base64
 import dataclasses
 import json
 import math
 import os
+import pickle
+import re
+import shutil
+import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, Iterator
 
+import sentencepiece
+import tiktoken
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -56,6 +74,10 @@ class LlamaConfig:
         kind = raw.get("model_type")
         if kind not in ("llama", "qwen2"):
             raise ValueError(f"model_type {kind!r} is not supported: use a Llama or Qwen2 folder")
+        for key, ours in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False),
+                          ("attention_bias", kind == "qwen2")):
+            if raw.get(key, ours) != ours:
+                raise ValueError(f"{key} = {raw[key]} is not supported for {kind}: only {ours}")
         rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_scaling") or {})
         if rope.get("rope_theta") is None:
             raise ValueError("config.json has neither rope_theta nor rope_parameters: the rotary base is unknown")
@@ -67,10 +89,24 @@ class LlamaConfig:
         return cls(raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"], heads,
                    raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads,
                    raw["rms_norm_eps"], rope["rope_theta"], scaling if scaling.get("rope_type") == "llama3" else None,
-                   raw.get("tie_word_embeddings", False), raw.get("attention_bias", kind == "qwen2"), bos or 0, eos,
+                   raw.get("tie_word_embeddings", False), kind == "qwen2", bos or 0, eos,
                    raw.get("max_position_embeddings", 8192), raw.get("n_visual", 0))
 
+    @classmethod
+    def from_meta(cls, raw: dict, vocab_size: int) -> "LlamaConfig":
+        """params.json of Meta's Llama folders. It does not name the special tokens: known vocabularies do."""
+        D, heads = raw["dim"], raw["n_heads"]
+        ffn = int((raw.get("ffn_dim_multiplier") or 1) * int(8 * D / 3))
+        multiple = raw.get("multiple_of", 256)
+        known = next((c for c in CONFIGS.values() if c.vocab_size == vocab_size), None)
+        scaling = LLAMA3 | {"factor": float(raw.get("rope_scaling_factor") or 8)} if raw.get("use_scaled_rope") else None
+        return cls(vocab_size, D, multiple * -(-ffn // multiple), raw["n_layers"], heads, raw.get("n_kv_heads") or heads,
+                   D // heads, raw["norm_eps"], raw.get("rope_theta", 10000.0), scaling,
+                   bos_token_id=known.bos_token_id if known else 0, eos_token_id=known.eos_token_id if known else None,
+                   max_position_embeddings=131072 if scaling else known.max_position_embeddings if known else 4096)
+
     def to_json(self) -> dict:
+        """As transformers 5 (rope_parameters) and 4 (rope_theta, rope_scaling) both read it."""
         raw = dataclasses.asdict(self)
         qwen = raw.pop("attention_bias")
         raw |= {"model_type": "qwen2" if qwen else "llama", "hidden_act": "silu", "use_cache": True,
@@ -79,12 +115,24 @@ class LlamaConfig:
         return raw
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+CONFIGS = {                                 # vocabulary, D, ffn, layers, heads, kv heads, head_dim, eps, theta, ...
+    "llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 1e4, bos_token_id=1, eos_token_id=2,
+                              max_position_embeddings=4096),
+    "llama-3.1-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, LLAMA3, bos_token_id=128000,
+                                eos_token_id=128001, max_position_embeddings=131072),
+    "qwen2.5-1.5b": LlamaConfig(151936, 1536, 8960, 28, 12, 2, 128, 1e-6, 1e6, None, True, True, 151643, 151643, 131072),
+    "qwen2.5-7b": LlamaConfig(152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, None, False, True, 151643, 151643, 131072),
+}
+
+
 # ------------------------------------------------------------------ model
 
 
-def rope_frequencies(config: LlamaConfig) -> Tensor:
+def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
     """Angle per position and pair of channels (head_dim / 2,), fp32; Llama 3.1 stretches the slow ones."""
-    f = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    f = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim)
     if s := config.rope_scaling:
         factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
         wavelength = 2 * math.pi / f
@@ -94,30 +142,42 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position: x (B, H, S, d), cos and sin (S, d). Channel i turns with channel i + d/2."""
+    """Rotary position: x (B, H, S, d), cos and sin (S, d) in fp32. Channel i turns with channel i + d/2."""
     left, right = x.chunk(2, -1)
-    return x * cos + torch.cat([-right, left], -1) * sin
+    return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
 
 
 class Cache:
-    """Keys and values of every layer, allocated once: (layers, 2, B, kv heads, capacity, d)."""
+    """
+    Keys and values of every layer, allocated once: (layers, 2, B, kv heads, capacity, d). `length` positions are in use.
+    A CUDA graph replays the same addresses and sizes: for it `position` (1,), a tensor, takes the place of `length`, one
+    token is written at a time, and attention runs over the whole capacity under a mask.
+    """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, device=None, dtype=None):
         self.kv = torch.zeros(config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_dim,
                               device=device, dtype=dtype)
-        self.length = 0
+        self.length, self.position = 0, None
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, H, S, d) of the newest positions -> those of all positions so far."""
+        if self.position is not None:
+            for kept, new in zip(self.kv[layer], (k, v)):
+                kept.index_copy_(2, self.position, new)
+            return self.kv[layer, 0], self.kv[layer, 1]
         end = self.length + k.shape[2]
         self.kv[layer, 0, :, :, self.length:end] = k
         self.kv[layer, 1, :, :, self.length:end] = v
         return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
 
+    @property
+    def capacity(self) -> int:
+        return self.kv.shape[4]
+
     def expand(self, group: int) -> "Cache":
         """Every sequence `group` times: one prefill serves all samples of a prompt."""
         other = object.__new__(Cache)
-        other.kv, other.length = self.kv.repeat_interleave(group, 2), self.length
+        other.kv, other.length, other.position = self.kv.repeat_interleave(group, 2), self.length, None
         return other
 
 
@@ -128,7 +188,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                                       # in fp32 whatever x is
         h = x.float()
-        return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return (self.weight.float() * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -147,7 +207,10 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)                                  # (B, H_kv, length + S, d)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and S > 1,
+        if S == 1:      # the heads that share keys become the rows of one small attention: nothing is repeated
+            x = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
+            return self.o_proj(x.reshape(B, 1, -1))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(x.transpose(1, 2).reshape(B, S, -1))
 
@@ -175,6 +238,13 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def project(hidden: Tensor, rows: Tensor) -> Tensor:
+    """hidden (..., D), rows (V, D) -> logits (..., V) in fp32: in bf16 the two best are often the same number."""
+    if rows.dtype == torch.float32:
+        return F.linear(hidden, rows)
+    return torch.cat([F.linear(hidden.float(), part.float()) for part in rows.split(16384)], -1)
+
+
 class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -185,7 +255,7 @@ class Llama(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.source: Path | None = None                                           # folder whose tokenizer is saved along
         for name, p in self.named_parameters():                                   # GPT-2's initialization
             if p.ndim == 2:
                 out = name.endswith(("o_proj.weight", "down_proj.weight"))        # what is added to the residual stream
@@ -206,118 +276,214 @@ class Llama(nn.Module):
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids (B, S) -> hidden states (B, S, D). With a cache, ids continue what is in it, and are added to it."""
         start, S = (cache.length if cache else 0), ids.shape[1]
-        if cache and start + S > cache.kv.shape[4]:
-            raise ValueError(f"{start + S} tokens do not fit a cache of {cache.kv.shape[4]}")
-        position = torch.arange(start, start + S, device=ids.device)
-        angle = (position[:, None] * self.frequencies.float()).repeat(1, 2)       # (S, d)
+        if cache and start + S > cache.capacity:
+            raise ValueError(f"{start + S} tokens do not fit a cache of {cache.capacity}")
+        fixed = cache is not None and cache.position is not None                  # shapes may not change: see Cache
+        position = cache.position if fixed else torch.arange(start, start + S, device=ids.device)        # (S,)
+        # computed here and not kept in a buffer, which would be cast to bf16 together with the weights
+        angle = (position[:, None] * rope_frequencies(self.config, ids.device)).repeat(1, 2)             # (S, d)
+        cos, sin = angle.cos(), angle.sin()
         x = self.model["embed_tokens"](ids)                                       # (B, S, D)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         mask = None                                                               # plain causal, or a single query
-        if start and S > 1:
-            mask = torch.arange(start + S, device=ids.device) <= position[:, None]        # (S, start + S)
+        if fixed or (start and S > 1):
+            seen = cache.capacity if fixed else start + S
+            mask = torch.arange(seen, device=ids.device) <= position[:, None]     # (S, seen)
         for block in self.model["layers"]:
             x = block(x, cos, sin, cache, mask)
-        if cache:
+        if fixed:
+            cache.position += 1
+        elif cache:
             cache.length += S
         return self.model["norm"](x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Over the whole vocabulary: hidden (..., D) -> (..., vocab_size)."""
-        return F.linear(hidden, self.head)
+        """Over the whole vocabulary: hidden (..., D) -> (..., vocab_size), fp32."""
+        return project(hidden, self.head)
 
     def visual_logits(self, hidden: Tensor) -> Tensor:
-        """Over the visual codes only: hidden (..., D) -> (..., n_visual)."""
-        return F.linear(hidden, self.head[self.first_code:])
-
-    def save(self, folder) -> None:
-        """A Hugging Face folder: config.json and model.safetensors, each written aside and renamed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, write in (("config.json", lambda p: p.write_text(json.dumps(self.config.to_json(), indent=2) + "\n")),
-                            ("model.safetensors", self._write)):
-            aside = folder / (name + ".part")
-            write(aside)
-            os.replace(aside, folder / name)
-
-    def _write(self, path: Path) -> None:
-        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, path, {"format": "pt"})
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(path, 0o666 & ~umask)                                            # safetensors writes 0600
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-    @classmethod
-    def load(cls, folder, dtype: torch.dtype | None = None, device=None, n_visual: int = 0) -> "Llama":
-        """
-        Opens a Hugging Face folder (one file or shards with an index). n_visual > 0 appends that many rows for visual
-        codes, unless the folder has them already. dtype: None keeps the file's.
-        Raises ValueError that names file and tensor for what is missing, left over, misshapen or not finite.
-        """
-        folder = Path(folder)
-        try:
-            config = LlamaConfig.from_json(json.loads((folder / "config.json").read_text()))
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder}/config.json cannot be used ({error}): is this a Llama or Qwen2 folder?") from None
-        with torch.device("meta"):
-            model = cls(config)
-        missing = set(model.state_dict())
-        for path, names in _shards(folder).items():
-            try:
-                with safe_open(path, "pt", device=str(device or "cpu")) as file:
-                    for name in names or file.keys():
-                        tied = name == "lm_head.weight" and config.tie_word_embeddings
-                        if tied or name.endswith("rotary_emb.inv_freq"):              # nothing that is not elsewhere
-                            continue
-                        value = file.get_tensor(name)
-                        module, _, leaf = name.rpartition(".")
-                        if name not in missing:
-                            raise ValueError(f"{path} holds {name}, which this model does not have")
-                        expected = model.get_parameter(name).shape
-                        if value.shape != expected:
-                            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, config.json asks for "
-                                             f"{tuple(expected)}")
-                        if not torch.isfinite(value).all():
-                            raise ValueError(f"{path}: {name} holds NaN or infinity")
-                        setattr(model.get_submodule(module), leaf, nn.Parameter(value.to(dtype) if dtype else value))
-                        missing.remove(name)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path} cannot be read ({error})") from None
-        if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} tensors, the first of them {min(missing)}")
-        model.frequencies = rope_frequencies(config).to(device or "cpu")
-        if n_visual and not config.n_visual:
-            model.extend(n_visual)
-        return model
+        """Over the visual codes only: hidden (..., D) -> (..., n_visual), fp32."""
+        return project(hidden, self.head[self.first_code:])
 
     @torch.no_grad()
     def extend(self, n: int) -> None:
-        """Appends n rows to embedding and head, drawn at the mean and scale of the rows there are."""
+        """Appends n rows to embedding and head (one matrix when tied), drawn at the mean and spread of the rows there are."""
         def more(weight: Tensor) -> nn.Parameter:
-            rows, generator = weight.float().cpu(), torch.Generator().manual_seed(0)
-            new = rows.mean(0) + rows.std(0) * torch.randn(n, rows.shape[1], generator=generator)
-            return nn.Parameter(torch.cat([weight, new.to(weight)]))
+            mean = weight.mean(0, dtype=torch.float32)                            # (D,)
+            square = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).square() / len(weight)
+            noise = torch.randn(n, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+            new = mean + (square - mean.square()).clamp(min=0).sqrt() * noise     # (n, D)
+            return nn.Parameter(torch.cat([weight, new.to(weight.dtype)]), requires_grad=weight.requires_grad)
         self.model["embed_tokens"].weight = more(self.model["embed_tokens"].weight)
         if not self.config.tie_word_embeddings:
             self.lm_head.weight = more(self.lm_head.weight)
         self.config = dataclasses.replace(self.config, vocab_size=self.config.vocab_size + n, n_visual=n)
 
+    def save(self, folder, shard_bytes: int = 5 * 10 ** 9) -> None:
+        """
+        A folder that `transformers` opens: config.json, generation_config.json, model.safetensors (above shard_bytes:
+        shards and their index), and the tokenizer's files of the folder the model was loaded from. Every file is written
+        aside and renamed when all are whole.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards, size = [{}], 0
+        for name, tensor in self.state_dict().items():
+            if shards[-1] and size + tensor.nbytes > shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += tensor.nbytes
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        names = names if len(shards) > 1 else [WEIGHTS]
+        special = {f"{k}_token_id": v for k in ("bos", "eos") if (v := getattr(self.config, f"{k}_token_id")) is not None}
+        dtype = str(self.head.dtype).removeprefix("torch.")
+        texts = {"config.json": self.config.to_json() | {"dtype": dtype, "torch_dtype": dtype},
+                 "generation_config.json": {"_from_model_config": True} | special}
+        if len(shards) > 1:
+            texts[INDEX] = {"metadata": {"total_size": sum(t.nbytes for t in self.state_dict().values())},
+                            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+        for name, shard in zip(names, shards):
+            _write(shard, folder / (name + ".part"))
+        for name, content in texts.items():
+            Path(folder, name + ".part").write_text(json.dumps(content, indent=2) + "\n")
+        for name in TOKENIZER_FILES if self.source and self.source.resolve() != folder.resolve() else ():
+            if (self.source / name).exists():
+                shutil.copyfile(self.source / name, folder / (name + ".part"))
+        stale = {path for path in folder.glob("model*.safetensors*") if path.name not in [*names, *texts]
+                 and path.suffix != ".part"}
+        for part in folder.glob("*.part"):
+            os.replace(part, part.with_suffix(""))
+        for path in stale:                                                        # of an earlier save in other shards
+            path.unlink()
 
-def _shards(folder: Path) -> dict[Path, list[str]]:
-    """Weight files of a folder -> the tensors to take from each (an empty list: all)."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return {folder / "model.safetensors": []}
-    shards: dict[Path, list[str]] = {}
+    @classmethod
+    def load(cls, folder, dtype: torch.dtype | None = None, device=None, n_visual: int = 0,
+             check_finite: bool = True) -> "Llama":
+        """
+        Opens a folder in Hugging Face's or Meta's layout, tensor by tensor: at its peak the device holds the model and
+        one tensor more. dtype: None keeps the file's. n_visual > 0 appends that many rows for visual codes, unless the
+        folder has them already. check_finite looks for NaN and infinity in every tensor.
+
+        Raises ValueError that names file and tensor for what is missing, left over, misshapen or not finite.
+        """
+        folder = Path(folder)
+        config, tensors = (_hugging_face if (folder / "config.json").exists() or not (folder / "params.json").exists() else _meta)(folder)
+        if n_visual and config.n_visual not in (0, n_visual):
+            raise ValueError(f"{folder} has {config.n_visual} visual codes already; {n_visual} were asked for")
+        with torch.device("meta"):
+            model = cls(config)
+        missing = dict(model.named_parameters())
+        for path, name, value in tensors:
+            if name not in missing:
+                raise ValueError(f"{path} holds {name}, which this model does not have (or has already)")
+            if value.shape != missing[name].shape:
+                raise ValueError(f"{path}: {name} is {tuple(value.shape)}, {folder.name}'s config asks for "
+                                 f"{tuple(missing[name].shape)}")
+            value = value.to(device or "cpu", dtype, copy=True)                   # a copy: no tie to the file
+            if check_finite and not torch.isfinite(value).all():
+                raise ValueError(f"{path}: {name} holds NaN or infinity (in {value.dtype})")
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(value))
+            del missing[name], value
+        if missing:
+            raise ValueError(f"{folder} lacks {len(missing)} tensors, the first of them {min(missing)}")
+        model.source = folder
+        if n_visual and not config.n_visual:
+            model.extend(n_visual)
+        return model
+
+
+# ------------------------------------------------------------------ files
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                   "special_tokens_map.json", "added_tokens.json")
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path, {"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)                                                # safetensors writes 0600
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _json(path: Path) -> dict:
     try:
-        listed = json.loads(index.read_text())["weight_map"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{index} cannot be used ({error})") from None
-    for name, shard in listed.items():
-        if Path(shard).name != shard:
-            raise ValueError(f"{index} points outside its folder: {shard!r}")
-        shards.setdefault(folder / shard, []).append(name)
-    return shards
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used ({error}): is this a Llama or Qwen2 folder?") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be used: it holds no JSON object")
+    return content
+
+
+def _hugging_face(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[Path, str, Tensor]]]:
+    """-> config; (file, name, tensor) one after the other, mapped from the file and not yet read."""
+    try:
+        config = LlamaConfig.from_json(_json(folder / "config.json"))
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json cannot be used: it lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    shards: dict[Path, list[str]] = {folder / WEIGHTS: []}                        # no names: all there are
+    if (folder / INDEX).exists():
+        shards, listed = {}, _json(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise ValueError(f"{folder / INDEX} cannot be used: it has no weight_map")
+        for name, shard in listed.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise ValueError(f"{folder / INDEX} points outside its folder: {shard!r}")
+            shards.setdefault(folder / shard, []).append(name)
+
+    def tensors():
+        for path, names in shards.items():
+            try:
+                with safe_open(path, "pt") as file:
+                    for name in names or file.keys():
+                        tied = name == "lm_head.weight" and config.tie_word_embeddings
+                        if not tied and not name.endswith("rotary_emb.inv_freq"):     # nothing that is not elsewhere
+                            yield path, name, file.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path} cannot be read ({error})") from None
+    return config, tensors()
+
+
+META = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+        "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+
+
+def _meta(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[Path, str, Tensor]]]:
+    """The same for Meta's layout, whose rotary pairs are neighbours (2i, 2i + 1): rows of q and k are put in our order."""
+    params, path = _json(folder / "params.json"), folder / "consolidated.00.pth"
+    if len(files := sorted(folder.glob("consolidated.*.pth"))) > 1:
+        raise ValueError(f"{folder} is split for {len(files)} GPUs ({files[-1].name}): convert it to Hugging Face's layout")
+    try:
+        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read as plain weights ({str(error).splitlines()[0]})") from None
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ValueError(f"{path} is not a dictionary of tensors")
+    if "tok_embeddings.weight" not in weights:
+        raise ValueError(f"{path} lacks tok_embeddings.weight: it is not a whole Llama")
+    try:
+        config = LlamaConfig.from_meta(params, len(weights["tok_embeddings.weight"]))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{folder}/params.json cannot be used ({type(error).__name__}: {error})") from None
+
+    def tensors():
+        for theirs, value in weights.items():
+            if theirs == "rope.freqs":
+                continue
+            layer, stem = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", theirs).groups()
+            name = f"model.{layer}{META.get(stem, stem)}.weight" if layer else f"{META.get(stem, stem)}.weight"
+            if stem in ("attention.wq", "attention.wk") and value.shape[0] % config.head_dim == 0:
+                value = value.view(-1, config.head_dim // 2, 2, value.shape[1]).transpose(1, 2).reshape(value.shape)
+            yield path, name, value
+    return config, tensors()
 
 
 # ------------------------------------------------------------------ the policy
@@ -358,21 +524,266 @@ def generate(model: Llama, prompt: Tensor, n: int, group: int = 1, top_k: int = 
     Samples n visual codes after each prompt, `group` times.
 
     prompt (B, S) ids -> codes (B, G, n) in [0, n_visual), support (B, G, n, n_visual) the codes each was drawn from.
-    A prompt is read once for its whole group. Raises ValueError for a model without visual codes.
+    A prompt is read once for its whole group. Raises ValueError for a model without visual codes, and for more tokens
+    than its context holds.
     """
     c = model.config
     if not c.n_visual:
         raise ValueError("this model has no visual codes: load it with n_visual=256")
     B, S = prompt.shape
+    if S + n > c.max_position_embeddings:
+        raise ValueError(f"prompt of {S} + {n} new tokens: this model's context is {c.max_position_embeddings}")
     cache = Cache(c, B, S + n, prompt.device, model.head.dtype)
     hidden = model(prompt, cache)[:, -1]                                          # (B, D)
     cache, hidden = cache.expand(group), hidden.repeat_interleave(group, 0)       # B -> B G
     codes = torch.empty(B * group, n, dtype=torch.int64, device=prompt.device)
     support = torch.empty(B * group, n, c.n_visual, dtype=torch.bool, device=prompt.device)
-    for i in range(n):
-        logits = model.visual_logits(hidden)                                      # (B G, V)
+    logits = model.visual_logits(hidden)                                          # (B G, V)
+    step = decode_step(model, cache, model.visual_logits)
+    for i in range(n):                                                            # nothing here waits for the device
         support[:, i] = truncate(logits, top_k, top_p)
         codes[:, i] = draw(logits, support[:, i], generator)
         if i + 1 < n:
-            hidden = model(model.first_code + codes[:, i:i + 1], cache)[:, -1]
+            logits = step(model.first_code + codes[:, i:i + 1])
     return codes.view(B, group, n), support.view(B, group, n, -1)
+
+
+@torch.no_grad()
+def decode_step(model: Llama, cache: Cache, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """
+    ids (B, 1) -> logits (B, V) of the next token, by `head` (visual_logits, or logits), one token further in the cache.
+
+    On CUDA the step's some hundred kernels are captured in a graph and replayed with one launch; the result is
+    overwritten by the next call. Capturing takes about as long as ten steps.
+    """
+    def step(ids: Tensor) -> Tensor:
+        return head(model(ids, cache)[:, -1])
+    if not cache.kv.is_cuda:
+        return step
+    cache.position = torch.tensor([cache.length], device=cache.kv.device)
+    ids = torch.zeros(cache.kv.shape[2], 1, dtype=torch.int64, device=cache.kv.device)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):                        # before capture, libraries allocate their workspaces
+        step(ids)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(ids)
+    cache.position.fill_(cache.length)                    # what the warm-up wrote lies beyond, masked until overwritten
+
+    def replay(new: Tensor) -> Tensor:
+        ids.copy_(new)
+        graph.replay()
+        return logits
+    return replay
+
+
+@torch.no_grad()
+def continuation(model: Llama, prompt: list[int], n: int, top_k: int = 50, top_p: float = 0.95,
+                 generator: torch.Generator | None = None) -> Iterator[int]:
+    """Up to n further ids of a text, drawn from the full head, one by one; ends before the end-of-text token."""
+    if len(prompt) + n > model.config.max_position_embeddings:
+        raise ValueError(f"prompt of {len(prompt)} + {n} new tokens: this model's context is "
+                         f"{model.config.max_position_embeddings}")
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    device = model.head.device
+    cache = Cache(model.config, 1, len(prompt) + n, device, model.head.dtype)
+    logits = model.logits(model(torch.tensor([prompt], device=device), cache)[:, -1])             # (1, V)
+    step = decode_step(model, cache, model.logits)
+    for i in range(n):
+        new = draw(logits, truncate(logits, top_k, top_p), generator)             # (1,)
+        if (token := new.item()) == model.config.eos_token_id:
+            return
+        yield token
+        if i + 1 < n:
+            logits = step(new[None])
+
+
+# ------------------------------------------------------------------ text
+
+
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")            # %s: how many digits make a word, {1,3} for Llama 3, one for Qwen
+LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+                  "finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id", "eom_id",
+                  "eot_id", "python_tag"] + [f"reserved_special_token_{i}" for i in range(3, 248)]
+QWEN_SPECIAL = ["endoftext", "im_start", "im_end"]
+
+
+class Tokenizer:
+    """
+    Text <-> ids, from the files that come with the weights, told apart by what is in them:
+    tokenizer.model of Llama 3 (lines of base64 token and rank) or Llama 2 (sentencepiece), vocab.json + merges.txt (Qwen),
+    or tokenizer.json. The visual codes are the special tokens <|code_0|> .. <|code_255|> behind the vocabulary.
+    """
+
+    def __init__(self, ranks: dict[bytes, int] | None, sp=None, special: list[str] = (), digits: str = "", nfc: bool = False,
+                 bos: int | None = None, first_code: int | None = None, n_visual: int = 256):
+        """Either ranks (byte-level BPE, by tiktoken) or sp (a SentencePieceProcessor). `special` follow the ranks."""
+        self.sp, self.nfc, self.bos = sp, nfc, bos
+        self.size = sp.vocab_size() if sp else len(ranks) + len(special)
+        self.first_code = self.size if first_code is None else first_code
+        if self.first_code < self.size:
+            raise ValueError(f"the tokenizer has {self.size} tokens, the model's vocabulary only {self.first_code}")
+        self.codes = {f"<|code_{i}|>": self.first_code + i for i in range(n_visual)}
+        if ranks:
+            names = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(special)}
+            self.bpe = tiktoken.Encoding("text", pat_str=WORDS % digits, mergeable_ranks=ranks,
+                                         special_tokens=names | self.codes)
+
+    @classmethod
+    def load(cls, folder) -> "Tokenizer":
+        """The tokenizer of a model's folder. Raises ValueError that names the file for what is missing or broken."""
+        folder = Path(folder)
+        first_code = bos = None
+        n_visual = 256
+        if (folder / "config.json").exists():
+            config = _hugging_face(folder)[0]
+            first_code, bos = config.vocab_size - config.n_visual, config.bos_token_id
+            n_visual = config.n_visual or n_visual
+        place = {"first_code": first_code, "n_visual": n_visual}
+        if (path := folder / "tokenizer.model").exists() or (path := folder / "original" / "tokenizer.model").exists():
+            if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", path.read_bytes()[:200]):
+                ranks = _ranks(path)
+                return cls(ranks, special=LLAMA3_SPECIAL, digits="{1,3}", bos=len(ranks), **place)
+            try:
+                sp = sentencepiece.SentencePieceProcessor()
+                sp.LoadFromSerializedProto(path.read_bytes())
+            except (OSError, RuntimeError, TypeError) as error:
+                raise ValueError(f"{path} is neither a tiktoken nor a sentencepiece file ({error})") from None
+            return cls(None, sp, bos=sp.bos_id() if sp.bos_id() >= 0 else None, **place)
+        if (folder / "vocab.json").exists():
+            merges = _text(folder / "merges.txt").splitlines()
+            merges = [line for line in merges if line and not line.startswith("#version")]
+            ranks = _bpe_ranks(folder / "vocab.json", _json(folder / "vocab.json"), merges)
+            return cls(ranks, special=QWEN_SPECIAL, nfc=True, **place)
+        if (path := folder / "tokenizer.json").exists():
+            raw = _json(path)
+            bpe = raw.get("model", {})
+            if bpe.get("type", "BPE") != "BPE" or "vocab" not in bpe or "merges" not in bpe or bpe.get("byte_fallback"):
+                raise ValueError(f"{path} is not a byte-level BPE tokenizer")
+            ranks = _bpe_ranks(path, bpe["vocab"], bpe["merges"])
+            added = {token["id"]: token["content"].strip("<|>") for token in raw.get("added_tokens", [])}
+            special = [added.get(len(ranks) + i, f"unused_{i}") for i in range(max(added, default=-1) + 1 - len(ranks))]
+            llama3 = "{1,3}" in json.dumps(raw.get("pre_tokenizer"))
+            return cls(ranks, special=special, digits="{1,3}" if llama3 else "", nfc="NFC" in json.dumps(raw.get("normalizer")),
+                       bos=bos if llama3 else None, **place)
+        raise ValueError(f"{folder} holds no tokenizer: tokenizer.model, vocab.json + merges.txt or tokenizer.json")
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of a text. `bos`: begins with the begin-of-text token, where the model was trained with one."""
+        start = [self.bos] if bos and self.bos is not None else []
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        if not self.sp:
+            return start + self.bpe.encode(text, allowed_special="all")
+        parts = re.split(r"(<\|code_\d+\|>)", text)
+        return start + [i for part in parts if part
+                        for i in ([self.codes[part]] if part in self.codes else self.sp.encode(part))]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id nothing stands for."""
+        if not self.sp:
+            try:
+                return self.bpe.decode(ids)
+            except KeyError as error:
+                raise ValueError(f"id {error} stands for no token") from None
+        names, text, run = {i: name for name, i in self.codes.items()}, "", []
+        for i in [*ids, None]:
+            if i in names or i is None:
+                text, run = text + self.sp.decode(run) + names.get(i, ""), []
+            elif not 0 <= i < self.size:
+                raise ValueError(f"id {i} stands for no token")
+            else:
+                run.append(i)
+        return text
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None
+
+
+def _complete(path: Path, ranks: dict[bytes, int]) -> dict[bytes, int]:
+    """tiktoken panics (not an Exception) on a vocabulary that cannot spell every byte: look first."""
+    if len(lost := [b for b in range(256) if bytes([b]) not in ranks]):
+        raise ValueError(f"{path} lacks {len(lost)} of the 256 single bytes, the first of them {lost[0]}: it is not whole")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: ranks are not 0..{len(ranks) - 1}, each once: it is not whole")
+    return ranks
+
+
+def _ranks(path: Path) -> dict[bytes, int]:
+    """Llama 3's tokenizer.model: a base64 token and its rank a line."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: {line[:40]!r} is not a base64 token and its rank") from None
+    return _complete(path, ranks)
+
+
+def _bpe_ranks(path: Path, vocab: dict[str, int], merges: list) -> dict[bytes, int]:
+    """
+    GPT-2's spelling to tiktoken's. There every byte is written as a printable character, and pairs are merged in the
+    order of `merges`; tiktoken merges the pair whose result has the lowest rank: the same when ids follow that order.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    try:
+        ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        order = [vocab[left + right] for left, right in pairs]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} and its merges do not fit together ({error})") from None
+    if order != sorted(set(order)) or len(order) + 256 != len(ranks):
+        raise ValueError(f"{path}: the ids do not follow the order of the merges: it is not whole")
+    return _complete(path, ranks)
+
+
+# ------------------------------------------------------------------ python lm.py --llm DIR
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What is in a folder of weights, and how it continues a text.")
+    parser.add_argument("--llm", required=True, metavar="DIR", help="Hugging Face's or Meta's layout")
+    parser.add_argument("--prompt", default="The speed of light is")
+    parser.add_argument("--tokens", type=int, default=50)
+    parser.add_argument("--top_k", type=int, default=50)
+    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the file's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args(argv)
+    try:
+        model = Llama.load(a.llm, getattr(torch, a.dtype) if a.dtype else None, a.device).requires_grad_(False)
+        c, weights = model.config, list(model.parameters())
+        kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.head.element_size()
+        print(f"{'Qwen2' if c.attention_bias else 'Llama'}: {c.num_hidden_layers} layers of width {c.hidden_size}, feed-forward "
+              f"{c.intermediate_size}, {c.num_attention_heads} heads on {c.num_key_value_heads} of keys and values, vocabulary "
+              f"{c.vocab_size}" + (f" ({c.n_visual} of them visual codes)" if c.n_visual else "")
+              + (", tied" if c.tie_word_embeddings else ""))
+        print(f"{sum(p.numel() for p in weights):,} parameters, {sum(p.nbytes for p in weights) / 2 ** 30:.2f} GiB in "
+              f"{str(model.head.dtype).removeprefix('torch.')} on {a.device}; cache {kv / 2 ** 10:.0f} KiB a token; context "
+              f"{c.max_position_embeddings}")
+        tokenizer = Tokenizer.load(a.llm)
+        print(f"tokenizer: {'sentencepiece' if tokenizer.sp else 'byte-level BPE'}, {tokenizer.size} tokens; "
+              f"{len(tokenizer.codes)} codes from id {tokenizer.first_code}\n")
+        ids = tokenizer.encode(a.prompt)
+        generator = torch.Generator(a.device).manual_seed(a.seed)
+        n = min(a.tokens, c.max_position_embeddings - len(ids))
+        new = list(continuation(model, ids, n, a.top_k, a.top_p, generator))
+        print(tokenizer.decode(ids + new))
+    except (ValueError, RuntimeError) as error:
+        print(f"lm.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ Choices where the paper is silent
    without, 0.33 with; reward on post-training clips 1.67 and 2.21: one run each, 128 clips).
 
     python sft.py                       # makes runs/tiny/vae and runs/tiny/ddt first if they are missing
+    python sft.py --llm DIR             # starts from the weights of a Llama or Qwen2 (Hugging Face's or Meta's layout)
 
 Expected at `tiny` on 2 CPU cores: 8 minutes, of them 1 for the tokens; loss 0.35 nats a token, drift_error 0.46 on iid clips.
 
@@ -48,6 +49,7 @@ class Config:
     clips: int = 6000           # training clips per scenario
     corrupt: float = 0.1        # share of the codes read that are replaced by random ones
     # model
+    llm: str = ""               # folder of weights to start from (lm.py); empty: a new model of the size below
     hidden: int = 128
     ffn: int = 384
     layers: int = 4
@@ -159,8 +161,16 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
     torch.manual_seed(config.seed)
     S = 1 + FRAMES * ddt.config.queries
     V = len(ddt.quantizer.codebook)
-    model = Llama(LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
-                              config.hidden // config.heads, max_position_embeddings=S, n_visual=V)).to(world.device)
+    if config.llm:
+        try:
+            model = Llama.load(config.llm, torch.float32, world.device, n_visual=V)
+        except ValueError as error:
+            raise train.Problem(f"--llm {config.llm}: {error}") from None
+        train.need(S <= model.config.max_position_embeddings, f"--llm {config.llm}: a clip is {S} tokens, this model's "
+                   f"context {model.config.max_position_embeddings}")
+    else:
+        model = Llama(LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
+                                  config.hidden // config.heads, max_position_embeddings=S, n_visual=V)).to(world.device)
     optimizer = train.adamw(model, config)
     first = train.resume(folder, model, optimizer, config)
     codes = training_codes(config, ddt, folder, world)

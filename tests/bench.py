@@ -1,11 +1,12 @@
 """
-How fast are the parts? Every section times two ways of doing the same work, in alternating repeats, so that
-whatever else the machine does slows both, and prints medians.
+How fast are the parts? What is compared runs in alternating repeats in one process, so that whatever else the machine does
+slows both; printed are medians.
 
     python tests/bench.py              # every section
     python tests/bench.py sim          # one of them: clips simulated a second
+    python tests/bench.py lm           # tokens a second of prefill, decode and training, on the GPU where there is one
 
-Takes 10 seconds on one CPU core.
+sim takes 10 seconds on one CPU core, lm 4 minutes on two.
 """
 import sys
 import time
@@ -13,6 +14,11 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 def alternate(ways, repeats=5):
@@ -22,6 +28,8 @@ def alternate(ways, repeats=5):
         for name, way in ways.items():
             begin = time.perf_counter()
             way()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: median(values) for name, values in seconds.items()}
@@ -43,7 +51,144 @@ def bench_sim():
         print(f"{scenario:10s} {rate:18.0f} {alone:18.0f} {rate / alone:7.1f}x")
 
 
-SECTIONS = {"sim": bench_sim}
+def machine():
+    """Prints and returns what the device can do at most: bytes copied (read + written) and operations a second."""
+    x = torch.empty(2 ** (31 if DEVICE.type == "cuda" else 28), dtype=torch.uint8, device=DEVICE)
+    n = 8192 if DEVICE.type == "cuda" else 1536
+    a, b, y = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in "aby")
+    z = torch.empty_like(x)
+    seconds = alternate({"copy": lambda: z.copy_(x), "matmul": lambda: torch.matmul(a, b, out=y)}, 9)
+    bandwidth, rate = 2 * x.nbytes / seconds["copy"], 2 * n ** 3 / seconds["matmul"]
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, {str(DTYPE).removeprefix('torch.')}: copies {bandwidth / 1e9:.1f} GB/s (read + write), "
+          f"multiplies {n} x {n} matrices at {rate / 1e12:.3g} TFLOP/s")
+    return bandwidth, rate
+
+
+def plain_loop(model, prompt, n):
+    """
+    The baseline of `lm.generate`: caches that grow by torch.cat, keys and values repeated for every query head, and the
+    head over the whole vocabulary. Returns a function that decodes n tokens after the prompt.
+    """
+    import torch.nn.functional as F
+
+    import lm
+    c = model.config
+
+    def forward(ids, caches, start):
+        angle = (torch.arange(start, start + ids.shape[1], device=ids.device)[:, None]
+                 * lm.rope_frequencies(c, ids.device)).repeat(1, 2)
+        cos, sin = angle.cos(), angle.sin()
+        x = model.model["embed_tokens"](ids)
+        for block, cache in zip(model.model["layers"], caches):
+            a, h = block.self_attn, block.input_layernorm(x)
+            q, k, v = (f(h).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for f in (a.q_proj, a.k_proj, a.v_proj))
+            cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (lm.rotate(k, cos, sin), v))] if cache else \
+                [lm.rotate(k, cos, sin), v]
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in cache)
+            h = F.scaled_dot_product_attention(lm.rotate(q, cos, sin), k, v, is_causal=ids.shape[1] > 1)
+            x = x + a.o_proj(h.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.post_attention_layernorm(x))
+        return model.logits(model.model["norm"](x[:, -1]))
+
+    filled = [[] for _ in range(c.num_hidden_layers)]
+    first = forward(prompt, filled, 0)
+
+    def decode():
+        caches, logits = [list(cache) for cache in filled], first
+        for i in range(n):
+            logits = logits[:, model.first_code:]                        # text words are masked
+            ids = model.first_code + lm.draw(logits, lm.truncate(logits))
+            logits = forward(ids[:, None], caches, prompt.shape[1] + i)
+    return decode
+
+
+def static_loop(model, prompt, n):
+    """What `lm.generate` does after its prefill, as a function that can be timed apart from it."""
+    import lm
+    cache = lm.Cache(model.config, len(prompt), prompt.shape[1] + n, prompt.device, model.head.dtype)
+    first = model.visual_logits(model(prompt, cache)[:, -1]).clone()
+    step = lm.decode_step(model, cache, model.visual_logits)
+
+    def decode():
+        cache.length, logits = prompt.shape[1], first
+        if cache.position is not None:
+            cache.position.fill_(cache.length)
+        for _ in range(n):
+            logits = step(model.first_code + lm.draw(logits, lm.truncate(logits))[:, None])
+    return decode
+
+
+@torch.no_grad()
+def bench_decode(name, model, bandwidth, n):
+    import lm
+    c = model.config
+    read = sum(p.nbytes for k, p in model.named_parameters() if "embed" not in k and "lm_head" not in k)
+    read += c.n_visual * c.hidden_size * model.head.element_size()
+    for B in (1, 32, 256 if DEVICE.type == "cpu" else 224):
+        prompt = torch.randint(c.vocab_size, (B, 49), device=DEVICE)
+        seconds = alternate({"prefill": lambda: model(prompt, lm.Cache(c, B, 49, DEVICE, DTYPE)),
+                             "decode": static_loop(model, prompt, n)}, 3)
+        positions = 49 + (n if DEVICE.type == "cuda" else n / 2)         # a graph's attention covers the whole capacity
+        moved = read + 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * B * positions * model.head.element_size()
+        print(f"{name:12s} {B:5d} {B * 49 / seconds['prefill']:14,.0f} {B * n / seconds['decode']:13,.0f} "
+              f"{moved / 2 ** 20:12,.1f} {moved * n / seconds['decode'] / bandwidth:10.0%}")
+
+
+def bench_training(name, model, rate, batch):
+    c, ids = model.config, torch.randint(model.config.vocab_size, (batch, 257), device=DEVICE)
+
+    def step():
+        logits = model.visual_logits(model(ids[:, :-1]))
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten() % c.n_visual).backward()
+        model.zero_grad()
+    seconds, tokens = alternate({"step": step}, 3)["step"], batch * 256
+    used = sum(p.numel() for k, p in model.named_parameters() if "embed" not in k and "lm_head" not in k)
+    used += c.n_visual * c.hidden_size
+    flops = tokens * (6 * used + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * 256)      # causal: half of 12
+    print(f"{name:12s} {batch:5d} {tokens / seconds:14,.0f} {flops / seconds / rate:24.0%}")
+
+
+def bench_lm():
+    """lm.py: against the machine's limits, the visual head against the full one, and decoding against a plain loop."""
+    import lm
+    bandwidth, rate = machine()
+    shapes = {"tiny": (128, 384, 4, 4, 2, 32), "100M": (768, 2304, 14, 12, 4, 64)}
+    configs = {name: lm.LlamaConfig(128256 + 256, *shape, n_visual=256) for name, shape in shapes.items()}
+    n = 16
+    if DEVICE.type == "cuda":
+        configs["llama-3.1-8b"], n = lm.CONFIGS["llama-3.1-8b"], 464
+    models = {}
+    for name, config in configs.items():
+        with DEVICE:
+            models[name] = lm.Llama(config).to(DTYPE)
+        if not config.n_visual:
+            models[name].extend(256)
+    print(f"\n{'':12s} {'batch':>5s} {'prefill tok/s':>14s} {'decode tok/s':>13s} {'MiB a step':>12s} {'of copying':>10s}")
+    for name, model in models.items():
+        bench_decode(name, model, bandwidth, n)
+
+    print(f"\nthe head alone, ms for 32 tokens\n{'':12s} {'visual':>10s} {'full':>10s} {'ratio':>8s}")
+    for name, model in models.items():
+        hidden = torch.randn(32, model.config.hidden_size, device=DEVICE, dtype=DTYPE)
+        with torch.no_grad():
+            s = alternate({"visual": lambda: model.visual_logits(hidden), "full": lambda: model.logits(hidden)}, 9)
+        print(f"{name:12s} {1e3 * s['visual']:10.3f} {1e3 * s['full']:10.3f} {s['full'] / s['visual']:7.0f}x")
+
+    print(f"\ndecoding 32 sequences, tokens a second\n{'':12s} {'ours':>10s} {'plain loop':>10s} {'ratio':>8s}")
+    for name, model in models.items():
+        prompt = torch.randint(model.config.vocab_size, (32, 49), device=DEVICE)
+        with torch.no_grad():
+            s = alternate({"ours": static_loop(model, prompt, n), "plain": plain_loop(model, prompt, n)}, 3)
+        print(f"{name:12s} {32 * n / s['ours']:10,.0f} {32 * n / s['plain']:10,.0f} {s['plain'] / s['ours']:7.1f}x")
+
+    print(f"\ntraining\n{'':12s} {'batch':>5s} {'tok/s':>14s} {'of the matrix rate':>24s}")
+    for name, model in models.items():
+        if name in shapes:                                               # 8B needs its optimizer sharded: train.py
+            bench_training(name, model, rate, 32 if name == "tiny" or DEVICE.type == "cuda" else 4)
+
+
+SECTIONS = {"sim": bench_sim, "lm": bench_lm}
 
 
 def main(names):

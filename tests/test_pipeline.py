@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from lm import Llama
+
 ROOT = Path(__file__).parent.parent
 DDT = ["--vae_steps", "4", "--vae_batch", "8", "--steps", "8", "--batch", "8", "--clips", "16",
        "--save_every", "2", "--eval_clips", "2"]
@@ -124,6 +126,28 @@ def test_killed_and_continued_equals_uninterrupted(finished, tmp_path, stage, sc
     assert result.returncode == 0, result.stderr
     same(weights(tmp_path / stage), weights(finished / stage))
     assert steps(tmp_path / stage / "log.jsonl") == steps(finished / stage / "log.jsonl")
+
+
+def test_sft_starts_from_given_weights(finished, tmp_path):
+    """--llm: loaded, extended by 256 codes, trained, saved; the text part is still there."""
+    llm = shutil.copytree(ROOT / "tests" / "fixtures" / "llama31", tmp_path / "llm")
+    for stage in ("vae", "ddt"):
+        shutil.copytree(finished / stage, tmp_path / "run" / stage)
+    args = ["--out", tmp_path / "run", "--llm", llm, *SFT]
+    short = run("sft.py", *args)
+    assert short.returncode == 2 and short.stderr.count("\n") == 1 and "257 tokens, this model's context 256" in short.stderr
+    config = json.loads((llm / "config.json").read_text()) | {"max_position_embeddings": 257}
+    (llm / "config.json").write_text(json.dumps(config))
+    result = run("sft.py", *args)
+    assert result.returncode == 0, result.stderr
+    model = Llama.load(tmp_path / "run" / "sft")
+    assert model.config.vocab_size == 320 + 256 and model.config.n_visual == 256
+    before = Llama.load(llm, n_visual=256).head.detach()
+    moved = (model.head.detach() - before).abs().amax(1) > 0
+    assert moved[320:].all()                                     # every code is in the softmax
+    (llm / "config.json").unlink()
+    missing = run("sft.py", *args, "--fresh")
+    assert missing.returncode == 2 and "config.json" in missing.stderr and missing.stderr.count("\n") == 1
 
 
 def test_ctrl_c_is_one_line(finished, tmp_path):
