@@ -48,6 +48,10 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------ config
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+
+
 @dataclass
 class LlamaConfig:
     """Named as in Hugging Face's config.json, which `from_json` reads and `to_json` writes."""
@@ -63,10 +67,32 @@ class LlamaConfig:
     rope_scaling: dict | None = None        # rope_type llama3: factor, low_freq_factor, high_freq_factor, original_max...
     tie_word_embeddings: bool = False
     attention_bias: bool = False            # on q, k and v: Qwen2
-    bos_token_id: int = 0
-    eos_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = None
     max_position_embeddings: int = 8192
     n_visual: int = 0                       # the last rows of the vocabulary are visual codes
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if name in ("tie_word_embeddings", "attention_bias"):
+                good, wanted = isinstance(value, bool), "true or false"
+            elif name in ("rms_norm_eps", "rope_theta"):
+                good, wanted = isinstance(value, (int, float)) and value > 0, "a number above 0"
+            elif name == "rope_scaling":
+                good = value is None or all(isinstance(value.get(k), (int, float)) for k in LLAMA3 if k != "rope_type")
+                wanted = f"numbers for {', '.join(k for k in LLAMA3 if k != 'rope_type')}"
+            elif name == "n_visual":
+                good, wanted = type(value) is int and 0 <= value <= self.vocab_size, "0 to vocab_size"
+            elif name in ("bos_token_id", "eos_token_id"):
+                ids = value if isinstance(value, list) else [0 if value is None else value]
+                good, wanted = all(type(i) is int and i >= 0 for i in ids), "an id"
+            else:
+                good, wanted = type(value) is int and value > 0, "a whole number above 0"
+            if not good:
+                raise ValueError(f"{name} = {value!r}: it must be {wanted}")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(f"{self.num_attention_heads} heads on {self.num_key_value_heads} of keys and values, of width "
+                             f"{self.head_dim}: the first must be a multiple of the second, the width even")
 
     @classmethod
     def from_json(cls, raw: dict) -> "LlamaConfig":
@@ -78,19 +104,24 @@ class LlamaConfig:
                           ("attention_bias", kind == "qwen2")):
             if raw.get(key, ours) != ours:
                 raise ValueError(f"{key} = {raw[key]} is not supported for {kind}: only {ours}")
-        rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_scaling") or {})
+        if raw.get("quantization_config"):
+            raise ValueError("quantized weights are not supported")
+        rope = {"rope_theta": raw.get("rope_theta")}
+        for key in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(key) or {}, dict):
+                raise ValueError(f"{key} = {raw[key]!r}: it must be an object")
+            rope |= raw.get(key) or {}
         if rope.get("rope_theta") is None:
-            raise ValueError("config.json has neither rope_theta nor rope_parameters: the rotary base is unknown")
+            raise ValueError("neither rope_theta nor rope_parameters: the rotary base is unknown (10000 in Llama 2: add it)")
         scaling = {("rope_type" if k == "type" else k): v for k, v in rope.items() if k != "rope_theta"}
         if scaling.get("rope_type", "default") not in ("default", "llama3"):
             raise ValueError(f"rope_type {scaling['rope_type']!r} is not supported: default or llama3")
         heads = raw["num_attention_heads"]
-        bos, eos = (x[0] if isinstance(x := raw.get(f"{name}_token_id"), list) else x for name in ("bos", "eos"))
         return cls(raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"], heads,
                    raw.get("num_key_value_heads") or heads, raw.get("head_dim") or raw["hidden_size"] // heads,
                    raw["rms_norm_eps"], rope["rope_theta"], scaling if scaling.get("rope_type") == "llama3" else None,
-                   raw.get("tie_word_embeddings", False), kind == "qwen2", bos or 0, eos,
-                   raw.get("max_position_embeddings", 8192), raw.get("n_visual", 0))
+                   raw.get("tie_word_embeddings", False), kind == "qwen2", raw.get("bos_token_id"),
+                   raw.get("eos_token_id"), raw.get("max_position_embeddings", 8192), raw.get("n_visual", 0))
 
     @classmethod
     def from_meta(cls, raw: dict, vocab_size: int) -> "LlamaConfig":
@@ -102,8 +133,8 @@ class LlamaConfig:
         scaling = LLAMA3 | {"factor": float(raw.get("rope_scaling_factor") or 8)} if raw.get("use_scaled_rope") else None
         return cls(vocab_size, D, multiple * -(-ffn // multiple), raw["n_layers"], heads, raw.get("n_kv_heads") or heads,
                    D // heads, raw["norm_eps"], raw.get("rope_theta", 10000.0), scaling,
-                   bos_token_id=known.bos_token_id if known else 0, eos_token_id=known.eos_token_id if known else None,
-                   max_position_embeddings=131072 if scaling else known.max_position_embeddings if known else 4096)
+                   bos_token_id=known.bos_token_id if known else None, eos_token_id=known.eos_token_id if known else None,
+                   max_position_embeddings=131072 if scaling else 4096)
 
     def to_json(self) -> dict:
         """As transformers 5 (rope_parameters) and 4 (rope_theta, rope_scaling) both read it."""
@@ -115,8 +146,6 @@ class LlamaConfig:
         return raw
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}
 CONFIGS = {                                 # vocabulary, D, ffn, layers, heads, kv heads, head_dim, eps, theta, ...
     "llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 1e4, bos_token_id=1, eos_token_id=2,
                               max_position_embeddings=4096),
@@ -307,10 +336,14 @@ class Llama(nn.Module):
     @torch.no_grad()
     def extend(self, n: int) -> None:
         """Appends n rows to embedding and head (one matrix when tied), drawn at the mean and spread of the rows there are."""
+        if self.config.n_visual or n < 1:
+            raise ValueError(f"{n} rows asked for, {self.config.n_visual} visual codes there already")
+        generator = torch.Generator().manual_seed(0)
+
         def more(weight: Tensor) -> nn.Parameter:
             mean = weight.mean(0, dtype=torch.float32)                            # (D,)
             square = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).square() / len(weight)
-            noise = torch.randn(n, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+            noise = torch.randn(n, weight.shape[1], generator=generator).to(weight.device)
             new = mean + (square - mean.square()).clamp(min=0).sqrt() * noise     # (n, D)
             return nn.Parameter(torch.cat([weight, new.to(weight.dtype)]), requires_grad=weight.requires_grad)
         self.model["embed_tokens"].weight = more(self.model["embed_tokens"].weight)
@@ -321,8 +354,8 @@ class Llama(nn.Module):
     def save(self, folder, shard_bytes: int = 5 * 10 ** 9) -> None:
         """
         A folder that `transformers` opens: config.json, generation_config.json, model.safetensors (above shard_bytes:
-        shards and their index), and the tokenizer's files of the folder the model was loaded from. Every file is written
-        aside and renamed when all are whole.
+        shards and their index), and the tokenizer's files of the folder the model was loaded from. All is written aside
+        and then renamed, an index last, so that a save broken off never leaves old and new tensors mixed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -333,9 +366,9 @@ class Llama(nn.Module):
                 size = 0
             shards[-1][name] = tensor
             size += tensor.nbytes
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        names = names if len(shards) > 1 else [WEIGHTS]
-        special = {f"{k}_token_id": v for k in ("bos", "eos") if (v := getattr(self.config, f"{k}_token_id")) is not None}
+        names = [WEIGHTS] if len(shards) == 1 else \
+            [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        special = {k: v for k in ("bos_token_id", "eos_token_id") if (v := getattr(self.config, k)) is not None}
         dtype = str(self.head.dtype).removeprefix("torch.")
         texts = {"config.json": self.config.to_json() | {"dtype": dtype, "torch_dtype": dtype},
                  "generation_config.json": {"_from_model_config": True} | special}
@@ -345,29 +378,33 @@ class Llama(nn.Module):
         for name, shard in zip(names, shards):
             _write(shard, folder / (name + ".part"))
         for name, content in texts.items():
-            Path(folder, name + ".part").write_text(json.dumps(content, indent=2) + "\n")
-        for name in TOKENIZER_FILES if self.source and self.source.resolve() != folder.resolve() else ():
-            if (self.source / name).exists():
-                shutil.copyfile(self.source / name, folder / (name + ".part"))
-        stale = {path for path in folder.glob("model*.safetensors*") if path.name not in [*names, *texts]
-                 and path.suffix != ".part"}
-        for part in folder.glob("*.part"):
-            os.replace(part, part.with_suffix(""))
-        for path in stale:                                                        # of an earlier save in other shards
-            path.unlink()
+            (folder / (name + ".part")).write_text(json.dumps(content, indent=2) + "\n")
+        for name in TOKENIZER_FILES if self.source not in (None, folder.resolve()) else ():
+            for path in (self.source / "original" / name, self.source / name):
+                if path.exists():
+                    shutil.copyfile(path, folder / name)
+        if len(shards) > 1:
+            (folder / INDEX).unlink(missing_ok=True)                              # until all shards are new
+        for name in (*names, *texts):
+            os.replace(folder / (name + ".part"), folder / name)
+        for path in folder.iterdir():                                             # of an earlier save in other shards
+            if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.part)?", path.name) \
+                    and path.name not in (*names, *texts):
+                path.unlink()
 
     @classmethod
     def load(cls, folder, dtype: torch.dtype | None = None, device=None, n_visual: int = 0,
              check_finite: bool = True) -> "Llama":
         """
         Opens a folder in Hugging Face's or Meta's layout, tensor by tensor: at its peak the device holds the model and
-        one tensor more. dtype: None keeps the file's. n_visual > 0 appends that many rows for visual codes, unless the
-        folder has them already. check_finite looks for NaN and infinity in every tensor.
+        one tensor more. dtype: None keeps that of the file's first tensor. n_visual > 0 appends that many rows for visual
+        codes, unless the folder has them already. check_finite looks for NaN and infinity in every tensor.
 
         Raises ValueError that names file and tensor for what is missing, left over, misshapen or not finite.
         """
         folder = Path(folder)
-        config, tensors = (_hugging_face if (folder / "config.json").exists() or not (folder / "params.json").exists() else _meta)(folder)
+        is_meta = (folder / "params.json").exists() and not (folder / "config.json").exists()
+        config, tensors = _meta(folder) if is_meta else _hugging_face(folder)
         if n_visual and config.n_visual not in (0, n_visual):
             raise ValueError(f"{folder} has {config.n_visual} visual codes already; {n_visual} were asked for")
         with torch.device("meta"):
@@ -379,6 +416,9 @@ class Llama(nn.Module):
             if value.shape != missing[name].shape:
                 raise ValueError(f"{path}: {name} is {tuple(value.shape)}, {folder.name}'s config asks for "
                                  f"{tuple(missing[name].shape)}")
+            if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{path}: {name} is {value.dtype}; only float32, bfloat16 and float16 are supported")
+            dtype = dtype or value.dtype
             value = value.to(device or "cpu", dtype, copy=True)                   # a copy: no tie to the file
             if check_finite and not torch.isfinite(value).all():
                 raise ValueError(f"{path}: {name} holds NaN or infinity (in {value.dtype})")
@@ -387,7 +427,7 @@ class Llama(nn.Module):
             del missing[name], value
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} tensors, the first of them {min(missing)}")
-        model.source = folder
+        model.source = folder.resolve()
         if n_visual and not config.n_visual:
             model.extend(n_visual)
         return model
@@ -401,7 +441,10 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path, {"format": "pt"})
+    try:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:                                              # a full disk, for one
+        raise OSError(f"{path} cannot be written ({error})") from None
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)                                                # safetensors writes 0600
@@ -421,11 +464,12 @@ def _json(path: Path) -> dict:
 
 def _hugging_face(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[Path, str, Tensor]]]:
     """-> config; (file, name, tensor) one after the other, mapped from the file and not yet read."""
+    raw = _json(folder / "config.json")
     try:
-        config = LlamaConfig.from_json(_json(folder / "config.json"))
+        config = LlamaConfig.from_json(raw)
     except KeyError as error:
-        raise ValueError(f"{folder}/config.json cannot be used: it lacks {error}") from None
-    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json lacks {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
     shards: dict[Path, list[str]] = {folder / WEIGHTS: []}                        # no names: all there are
     if (folder / INDEX).exists():
@@ -435,15 +479,19 @@ def _hugging_face(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[Path, str, 
         for name, shard in listed.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise ValueError(f"{folder / INDEX} points outside its folder: {shard!r}")
+            if not (folder / shard).exists():
+                raise ValueError(f"{folder / shard} is missing; {INDEX} lists it")
             shards.setdefault(folder / shard, []).append(name)
 
     def tensors():
         for path, names in shards.items():
             try:
                 with safe_open(path, "pt") as file:
-                    for name in names or file.keys():
+                    for name in sorted({*names, *file.keys()}):
+                        if names and name not in names:
+                            raise ValueError(f"{path} holds {name}, which {INDEX} does not list there")
                         tied = name == "lm_head.weight" and config.tie_word_embeddings
-                        if not tied and not name.endswith("rotary_emb.inv_freq"):     # nothing that is not elsewhere
+                        if not tied and not name.endswith("rotary_emb.inv_freq"):     # both repeat what is known
                             yield path, name, file.get_tensor(name)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path} cannot be read ({error})") from None
@@ -465,22 +513,25 @@ def _meta(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[Path, str, Tensor]]
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read as plain weights ({str(error).splitlines()[0]})") from None
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise ValueError(f"{path} is not a dictionary of tensors")
     if "tok_embeddings.weight" not in weights:
         raise ValueError(f"{path} lacks tok_embeddings.weight: it is not a whole Llama")
     try:
         config = LlamaConfig.from_meta(params, len(weights["tok_embeddings.weight"]))
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}/params.json cannot be used ({type(error).__name__}: {error})") from None
 
     def tensors():
         for theirs, value in weights.items():
             if theirs == "rope.freqs":
                 continue
-            layer, stem = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", theirs).groups()
-            name = f"model.{layer}{META.get(stem, stem)}.weight" if layer else f"{META.get(stem, stem)}.weight"
-            if stem in ("attention.wq", "attention.wk") and value.shape[0] % config.head_dim == 0:
+            found = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", theirs)
+            layer, stem = found.groups() if found else ("", theirs)
+            if stem not in META:
+                raise ValueError(f"{path} holds {theirs}, which this model does not have")
+            name = f"model.{layer}{META[stem]}.weight" if layer else f"{META[stem]}.weight"
+            if stem in ("attention.wq", "attention.wk") and value.ndim == 2 and value.shape[0] % config.head_dim == 0:
                 value = value.view(-1, config.head_dim // 2, 2, value.shape[1]).transpose(1, 2).reshape(value.shape)
             yield path, name, value
     return config, tensors()
@@ -531,6 +582,8 @@ def generate(model: Llama, prompt: Tensor, n: int, group: int = 1, top_k: int = 
     if not c.n_visual:
         raise ValueError("this model has no visual codes: load it with n_visual=256")
     B, S = prompt.shape
+    if min(B, S, n, group) < 1:
+        raise ValueError(f"{B} prompts of {S} tokens, {n} new ones, group of {group}: at least one of each")
     if S + n > c.max_position_embeddings:
         raise ValueError(f"prompt of {S} + {n} new tokens: this model's context is {c.max_position_embeddings}")
     cache = Cache(c, B, S + n, prompt.device, model.head.dtype)
@@ -548,7 +601,6 @@ def generate(model: Llama, prompt: Tensor, n: int, group: int = 1, top_k: int = 
     return codes.view(B, group, n), support.view(B, group, n, -1)
 
 
-@torch.no_grad()
 def decode_step(model: Llama, cache: Cache, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """
     ids (B, 1) -> logits (B, V) of the next token, by `head` (visual_logits, or logits), one token further in the cache.
@@ -556,23 +608,28 @@ def decode_step(model: Llama, cache: Cache, head: Callable[[Tensor], Tensor]) ->
     On CUDA the step's some hundred kernels are captured in a graph and replayed with one launch; the result is
     overwritten by the next call. Capturing takes about as long as ten steps.
     """
+    @torch.no_grad()
     def step(ids: Tensor) -> Tensor:
         return head(model(ids, cache)[:, -1])
-    if not cache.kv.is_cuda:
+    if not cache.kv.is_cuda or cache.length == cache.capacity:
         return step
-    cache.position = torch.tensor([cache.length], device=cache.kv.device)
-    ids = torch.zeros(cache.kv.shape[2], 1, dtype=torch.int64, device=cache.kv.device)
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):                        # before capture, libraries allocate their workspaces
-        step(ids)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step(ids)
-    cache.position.fill_(cache.length)                    # what the warm-up wrote lies beyond, masked until overwritten
+    with torch.cuda.device(cache.kv.device):
+        cache.position = torch.tensor([cache.length], device=cache.kv.device)
+        ids = torch.zeros(cache.kv.shape[2], 1, dtype=torch.int64, device=cache.kv.device)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):                    # before capture, libraries allocate their workspaces
+            step(ids)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step(ids)
+        cache.position.fill_(cache.length)                # what the warm-up wrote lies beyond, masked until overwritten
 
     def replay(new: Tensor) -> Tensor:
+        if cache.length == cache.capacity:
+            raise ValueError(f"{cache.length + 1} tokens do not fit a cache of {cache.capacity}")
+        cache.length += 1
         ids.copy_(new)
         graph.replay()
         return logits
@@ -581,20 +638,24 @@ def decode_step(model: Llama, cache: Cache, head: Callable[[Tensor], Tensor]) ->
 
 @torch.no_grad()
 def continuation(model: Llama, prompt: list[int], n: int, top_k: int = 50, top_p: float = 0.95,
-                 generator: torch.Generator | None = None) -> Iterator[int]:
-    """Up to n further ids of a text, drawn from the full head, one by one; ends before the end-of-text token."""
+                 generator: torch.Generator | None = None, words: int | None = None) -> Iterator[int]:
+    """
+    Up to n further ids of a text, one by one, drawn from the full head (its first `words` rows: behind the tokenizer's
+    vocabulary come padding and visual codes). Ends before an end-of-text token.
+    """
     if len(prompt) + n > model.config.max_position_embeddings:
         raise ValueError(f"prompt of {len(prompt)} + {n} new tokens: this model's context is "
                          f"{model.config.max_position_embeddings}")
-    if not prompt:
-        raise ValueError("the prompt is empty")
+    if not prompt or n < 1:
+        raise ValueError(f"a prompt of {len(prompt)} tokens and {n} new ones: at least one of each")
     device = model.head.device
     cache = Cache(model.config, 1, len(prompt) + n, device, model.head.dtype)
     logits = model.logits(model(torch.tensor([prompt], device=device), cache)[:, -1])             # (1, V)
     step = decode_step(model, cache, model.logits)
     for i in range(n):
-        new = draw(logits, truncate(logits, top_k, top_p), generator)             # (1,)
-        if (token := new.item()) == model.config.eos_token_id:
+        new = draw(logits[:, :words], truncate(logits[:, :words], top_k, top_p), generator)       # (1,)
+        eos = model.config.eos_token_id
+        if (token := new.item()) in (eos if isinstance(eos, list) else [eos]):
             return
         yield token
         if i + 1 < n:
@@ -612,42 +673,47 @@ LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "r
 QWEN_SPECIAL = ["endoftext", "im_start", "im_end"]
 
 
+def _behind(ranks: dict[bytes, int], names: list[str]) -> dict[str, int]:
+    return {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
+
+
 class Tokenizer:
     """
     Text <-> ids, from the files that come with the weights, told apart by what is in them:
     tokenizer.model of Llama 3 (lines of base64 token and rank) or Llama 2 (sentencepiece), vocab.json + merges.txt (Qwen),
-    or tokenizer.json. The visual codes are the special tokens <|code_0|> .. <|code_255|> behind the vocabulary.
+    or tokenizer.json. The visual codes are the special tokens <|code_0|> .. <|code_255|> behind the model's vocabulary.
     """
 
-    def __init__(self, ranks: dict[bytes, int] | None, sp=None, special: list[str] = (), digits: str = "", nfc: bool = False,
-                 bos: int | None = None, first_code: int | None = None, n_visual: int = 256):
-        """Either ranks (byte-level BPE, by tiktoken) or sp (a SentencePieceProcessor). `special` follow the ranks."""
+    def __init__(self, ranks: dict[bytes, int] | None, sp=None, special: dict[str, int] = {}, digits: str = "",
+                 nfc: bool = False, bos: int | None = None, first_code: int | None = None, n_visual: int = 256):
+        """Either ranks and special tokens (byte-level BPE, by tiktoken) or sp, a SentencePieceProcessor."""
         self.sp, self.nfc, self.bos = sp, nfc, bos
-        self.size = sp.vocab_size() if sp else len(ranks) + len(special)
+        self.ids = {*range(sp.vocab_size() if sp else len(ranks)), *special.values()}
+        self.size = max(self.ids) + 1
         self.first_code = self.size if first_code is None else first_code
         if self.first_code < self.size:
             raise ValueError(f"the tokenizer has {self.size} tokens, the model's vocabulary only {self.first_code}")
         self.codes = {f"<|code_{i}|>": self.first_code + i for i in range(n_visual)}
+        self.ids |= {*self.codes.values()}
         if ranks:
-            names = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(special)}
             self.bpe = tiktoken.Encoding("text", pat_str=WORDS % digits, mergeable_ranks=ranks,
-                                         special_tokens=names | self.codes)
+                                         special_tokens=special | self.codes)
 
     @classmethod
     def load(cls, folder) -> "Tokenizer":
         """The tokenizer of a model's folder. Raises ValueError that names the file for what is missing or broken."""
-        folder = Path(folder)
-        first_code = bos = None
-        n_visual = 256
+        folder, place, bos = Path(folder), {}, None
         if (folder / "config.json").exists():
             config = _hugging_face(folder)[0]
-            first_code, bos = config.vocab_size - config.n_visual, config.bos_token_id
-            n_visual = config.n_visual or n_visual
-        place = {"first_code": first_code, "n_visual": n_visual}
+            place, bos = {"first_code": config.vocab_size - config.n_visual}, config.bos_token_id
+            place |= {"n_visual": config.n_visual} if config.n_visual else {}
         if (path := folder / "tokenizer.model").exists() or (path := folder / "original" / "tokenizer.model").exists():
             if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", path.read_bytes()[:200]):
                 ranks = _ranks(path)
-                return cls(ranks, special=LLAMA3_SPECIAL, digits="{1,3}", bos=len(ranks), **place)
+                if place and len(ranks) + 256 != place["first_code"]:
+                    raise ValueError(f"{path} has {len(ranks)} tokens, this model's vocabulary {place['first_code']} less 256 "
+                                     "special ones: it is not whole, or another model's")
+                return cls(ranks, special=_behind(ranks, LLAMA3_SPECIAL), digits="{1,3}", bos=len(ranks), **place)
             try:
                 sp = sentencepiece.SentencePieceProcessor()
                 sp.LoadFromSerializedProto(path.read_bytes())
@@ -655,21 +721,32 @@ class Tokenizer:
                 raise ValueError(f"{path} is neither a tiktoken nor a sentencepiece file ({error})") from None
             return cls(None, sp, bos=sp.bos_id() if sp.bos_id() >= 0 else None, **place)
         if (folder / "vocab.json").exists():
-            merges = _text(folder / "merges.txt").splitlines()
-            merges = [line for line in merges if line and not line.startswith("#version")]
+            merges = [line for line in _text(folder / "merges.txt").splitlines() if line and not line.startswith("#version")]
             ranks = _bpe_ranks(folder / "vocab.json", _json(folder / "vocab.json"), merges)
-            return cls(ranks, special=QWEN_SPECIAL, nfc=True, **place)
+            if len(set(merges)) + 256 != len(ranks):
+                raise ValueError(f"{folder / 'merges.txt'} makes {len(set(merges))} of {len(ranks) - 256} tokens: it is not whole")
+            special = _behind(ranks, QWEN_SPECIAL)
+            if (path := folder / "tokenizer_config.json").exists():
+                try:
+                    special |= {v["content"]: int(k) for k, v in _json(path).get("added_tokens_decoder", {}).items()}
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise ValueError(f"{path}: added_tokens_decoder cannot be used ({error})") from None
+            return cls(ranks, special=special, nfc=True, **place)
         if (path := folder / "tokenizer.json").exists():
             raw = _json(path)
-            bpe = raw.get("model", {})
-            if bpe.get("type", "BPE") != "BPE" or "vocab" not in bpe or "merges" not in bpe or bpe.get("byte_fallback"):
-                raise ValueError(f"{path} is not a byte-level BPE tokenizer")
-            ranks = _bpe_ranks(path, bpe["vocab"], bpe["merges"])
-            added = {token["id"]: token["content"].strip("<|>") for token in raw.get("added_tokens", [])}
-            special = [added.get(len(ranks) + i, f"unused_{i}") for i in range(max(added, default=-1) + 1 - len(ranks))]
-            llama3 = "{1,3}" in json.dumps(raw.get("pre_tokenizer"))
-            return cls(ranks, special=special, digits="{1,3}" if llama3 else "", nfc="NFC" in json.dumps(raw.get("normalizer")),
-                       bos=bos if llama3 else None, **place)
+            try:
+                split, nfc = json.dumps(raw.get("pre_tokenizer")), "NFC" in json.dumps(raw.get("normalizer"))
+                if raw["model"].get("type", "BPE") != "BPE" or r"p{N}" not in split:
+                    raise ValueError("its model is no BPE, or its words are not Llama 3's or Qwen's")
+                special = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
+                vocab = {token: i for token, i in raw["model"]["vocab"].items() if token not in special}
+                ranks = _bpe_ranks(path, vocab, raw["model"]["merges"])
+                llama3 = "{1,3}" in split
+                return cls(ranks, special=special, digits="{1,3}" if llama3 else "", nfc=nfc, bos=bos if llama3 else None, **place)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} is not a byte-level BPE tokenizer ({type(error).__name__}: {error})") from None
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
         raise ValueError(f"{folder} holds no tokenizer: tokenizer.model, vocab.json + merges.txt or tokenizer.json")
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
@@ -684,17 +761,14 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id nothing stands for."""
+        if unknown := [i for i in ids if i not in self.ids]:
+            raise ValueError(f"id {unknown[0]} stands for no token")
         if not self.sp:
-            try:
-                return self.bpe.decode(ids)
-            except KeyError as error:
-                raise ValueError(f"id {error} stands for no token") from None
+            return self.bpe.decode(ids)
         names, text, run = {i: name for name, i in self.codes.items()}, "", []
         for i in [*ids, None]:
             if i in names or i is None:
                 text, run = text + self.sp.decode(run) + names.get(i, ""), []
-            elif not 0 <= i < self.size:
-                raise ValueError(f"id {i} stands for no token")
             else:
                 run.append(i)
         return text
@@ -732,6 +806,7 @@ def _bpe_ranks(path: Path, vocab: dict[str, int], merges: list) -> dict[bytes, i
     """
     GPT-2's spelling to tiktoken's. There every byte is written as a printable character, and pairs are merged in the
     order of `merges`; tiktoken merges the pair whose result has the lowest rank: the same when ids follow that order.
+    (Llama 3's tokenizer.json lists every way to split a token, one after the other.)
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -742,8 +817,8 @@ def _bpe_ranks(path: Path, vocab: dict[str, int], merges: list) -> dict[bytes, i
         order = [vocab[left + right] for left, right in pairs]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} and its merges do not fit together ({error})") from None
-    if order != sorted(set(order)) or len(order) + 256 != len(ranks):
-        raise ValueError(f"{path}: the ids do not follow the order of the merges: it is not whole")
+    if order != sorted(order):
+        raise ValueError(f"{path}: its ids do not follow the order of the merges")
     return _complete(path, ranks)
 
 
@@ -777,11 +852,10 @@ def main(argv: list[str] | None = None) -> None:
               f"{len(tokenizer.codes)} codes from id {tokenizer.first_code}\n")
         ids = tokenizer.encode(a.prompt)
         generator = torch.Generator(a.device).manual_seed(a.seed)
-        n = min(a.tokens, c.max_position_embeddings - len(ids))
-        new = list(continuation(model, ids, n, a.top_k, a.top_p, generator))
+        new = list(continuation(model, ids, a.tokens, a.top_k, a.top_p, generator, tokenizer.size))
         print(tokenizer.decode(ids + new))
-    except (ValueError, RuntimeError) as error:
-        print(f"lm.py: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, AssertionError) as error:                   # torch without CUDA asserts it
+        print(f"lm.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 

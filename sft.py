@@ -166,6 +166,8 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
             model = Llama.load(config.llm, torch.float32, world.device, n_visual=V)
         except ValueError as error:
             raise train.Problem(f"--llm {config.llm}: {error}") from None
+        train.need(model.config.bos_token_id is not None, f"--llm {config.llm}: its config.json names no bos_token_id, which "
+                   "every clip begins with")
         train.need(S <= model.config.max_position_embeddings, f"--llm {config.llm}: a clip is {S} tokens, this model's "
                    f"context {model.config.max_position_embeddings}")
     else:

@@ -182,7 +182,7 @@ def bench_lm():
             s = alternate({"ours": static_loop(model, prompt, n), "plain": plain_loop(model, prompt, n)}, 3)
         print(f"{name:12s} {32 * n / s['ours']:10,.0f} {32 * n / s['plain']:10,.0f} {s['plain'] / s['ours']:7.1f}x")
 
-    print(f"\ntraining\n{'':12s} {'batch':>5s} {'tok/s':>14s} {'of the matrix rate':>24s}")
+    print(f"\nforward and backward of training\n{'':12s} {'batch':>5s} {'tok/s':>14s} {'of the matrix rate':>24s}")
     for name, model in models.items():
         if name in shapes:                                               # 8B needs its optimizer sharded: train.py
             bench_training(name, model, rate, 32 if name == "tiny" or DEVICE.type == "cuda" else 4)

@@ -270,6 +270,29 @@ def test_generate_at_temperature_zero_is_the_argmax(group, kv_heads):
     assert not torch.equal(codes[0], codes[1])                   # it is not the same whatever the prompt
 
 
+def test_one_prefill_serves_the_group():
+    model, shapes = small(), []
+    model.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
+    generate(model, prompts_of(model), 4, group=6, generator=seeded())
+    assert shapes == [(3, 5)] + 3 * [(18, 1)]
+
+
+@pytest.mark.parametrize("prompt, n, group", [((1, 0), 3, 1), ((0, 2), 3, 1), ((1, 2), 0, 1), ((1, 2), 3, 0)])
+def test_nothing_to_generate(prompt, n, group):
+    with pytest.raises(ValueError, match="at least one"):
+        generate(small(), torch.zeros(prompt, dtype=torch.int64), n, group)
+
+
+def test_continuation_ends_at_an_end_of_text():
+    model = small(eos_token_id=[3, 9])
+    for seed in range(20):
+        ids = list(continuation(model, [1, 2], 60, top_k=80, top_p=1.0, generator=seeded(seed), words=12))
+        assert max(ids, default=0) < 12 and not {3, 9} & set(ids)
+        if len(ids) < 60:
+            return
+    raise AssertionError("none of 20 texts ended")
+
+
 @pytest.mark.parametrize("group", [1, 8])
 @torch.no_grad()
 def test_a_whole_clip_at_temperature_zero(group):
@@ -424,7 +447,9 @@ INDEX = "model.safetensors.index.json"
     (lambda t: t.update({EXTRA: t[DOWN].clone()}), EXTRA),
     (lambda t: t.update({DOWN: t[DOWN].T.contiguous()}), DOWN),
     (lambda t: t[DOWN].view(-1)[5:6].fill_(math.nan), DOWN),
-    (lambda t: t[NORM][:1].fill_(math.inf), NORM)], ids=["missing", "extra", "shape", "nan", "inf"])
+    (lambda t: t[NORM][:1].fill_(math.inf), NORM),
+    (lambda t: t.update({NORM: t[NORM].to(torch.int8)}), NORM), (lambda t: t.update({NORM: t[NORM].double()}), NORM)],
+    ids=["missing", "extra", "shape", "nan", "inf", "int8", "float64"])
 def test_bad_tensors_are_named(tmp_path, change, culprit):
     with pytest.raises(ValueError) as error:
         Llama.load(edited(tmp_path, tensors=change))
@@ -436,8 +461,16 @@ def test_bad_tensors_are_named(tmp_path, change, culprit):
     (lambda raw: raw.pop("model_type"), "model_type"),
     (lambda raw: [raw.pop(k, None) for k in ("rope_parameters", "rope_theta", "rope_scaling")], "rope_theta"),
     (lambda raw: raw["rope_parameters"].update(rope_type="yarn"), "yarn"),
-    (lambda raw: raw.pop("hidden_size"), "hidden_size")],
-    ids=["model_type", "no model_type", "no rope", "yarn", "no size"])
+    (lambda raw: raw.pop("hidden_size"), "hidden_size"),
+    (lambda raw: raw.update(hidden_size="32"), "hidden_size"), (lambda raw: raw.update(hidden_size=32.0), "hidden_size"),
+    (lambda raw: raw.update(num_hidden_layers=None), "num_hidden_layers"),
+    (lambda raw: raw.update(num_attention_heads=0, head_dim=None), "config.json"),
+    (lambda raw: raw.update(num_key_value_heads=3), "4 heads on 3"), (lambda raw: raw.update(rms_norm_eps=None), "rms_norm_eps"),
+    (lambda raw: raw["rope_parameters"].update(rope_theta="1e4"), "rope_theta"),
+    (lambda raw: raw.update(rope_parameters=[1]), "rope_parameters"),
+    (lambda raw: raw["rope_parameters"].update(rope_type="llama3"), "rope_scaling"),
+    (lambda raw: raw.update(n_visual=1000), "n_visual"), (lambda raw: raw.update(tie_word_embeddings="false"), "tie_word"),
+    (lambda raw: raw.update(quantization_config={"bits": 4}), "quantized")])
 def test_bad_configs_are_named(tmp_path, change, culprit):
     with pytest.raises(ValueError, match=culprit):
         Llama.load(edited(tmp_path, config=change))
@@ -497,6 +530,60 @@ def test_save_in_shards(tmp_path):
         again = Llama.load(tmp_path).state_dict()
         assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
     assert sizes[0] == sizes[3] == 1 and sizes[1] > sizes[2] > 1
+
+
+@pytest.mark.parametrize("shards", [1, 12_000])
+def test_a_save_broken_off_is_no_mixture(tmp_path, monkeypatch, shards):
+    """Stopped at each of its renames in turn: the folder holds the old model, the new one, or none."""
+    old, new, seen = small(seed=1), small(seed=2), set()
+    limit = 10 ** 9 if shards == 1 else shards
+    for stop in range(20):
+        folder = tmp_path / str(stop)
+        old.save(folder, limit)
+        calls, replace = [], os.replace
+
+        def stopping(a, b):
+            calls.append(b)
+            if len(calls) > stop:
+                raise KeyboardInterrupt
+            replace(a, b)
+        with monkeypatch.context() as m:
+            m.setattr(os, "replace", stopping)
+            try:
+                new.save(folder, limit)
+            except KeyboardInterrupt:
+                pass
+        try:
+            state = Llama.load(folder).state_dict()
+            same = [all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) for model in (old, new)]
+            assert sum(same) == 1
+            seen.add("old" if same[0] else "new")
+        except ValueError:
+            seen.add("none")
+        small(seed=3).save(folder)                               # and nothing of it comes back later
+        again = Llama.load(folder).state_dict()
+        assert all(torch.equal(v, again[k]) for k, v in small(seed=3).state_dict().items())
+        assert not list(folder.glob("model*.part"))
+        if len(calls) <= stop:
+            break
+    assert seen == ({"old", "new"} if shards == 1 else {"none", "new"}), seen
+
+
+def test_saving_leaves_other_files_alone(tmp_path):
+    for name in ("model_best.safetensors", "notes.txt.part", "log.jsonl"):
+        (tmp_path / name).write_text("mine")
+    small().save(tmp_path, 12_000)
+    small().save(tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in ("model_best.safetensors", "notes.txt.part", "log.jsonl"))
+
+
+def test_extending_twice_is_refused():
+    model = small(n_visual=0, vocab=48)
+    model.extend(32)
+    with pytest.raises(ValueError, match="32 visual codes there already"):
+        model.extend(32)
+    embedding, head = model.model["embed_tokens"].weight[48:], model.lm_head.weight[48:]
+    assert abs(torch.corrcoef(torch.stack([embedding.flatten(), head.flatten()]))[0, 1]) < 0.2      # drawn apart
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -678,7 +765,7 @@ def test_empty_folder(tmp_path):
 
 TEXTS = ["Hello world", "The ball moves at 12345.678 units,\n\n  then it's gone.\r\n", "naïve Ünïcode — 漢字かな 🙂 e\u0301", "",
          "   ", "'LL it's I'VE", "tabs\tand\tspaces   end ", "a<|code_7|>b <|code_255|><|code_0|>"]
-CORPUS = " ".join(f"ball {i} hits the wall at {i * 7 % 31} metres a second and it's reflected naively" for i in range(300))
+CORPUS = " ".join(f"ball {i} hits the wall at {i * 7 % 31} metres a second and it's reflected, then there the other one rests here" for i in range(300))
 
 
 def trained_bpe(n: int) -> list[tuple[bytes, bytes]]:
@@ -818,6 +905,10 @@ def edit(name: str, change):
 
 @pytest.mark.parametrize("files, damage, culprit", [
     (llama3_files, edit("tokenizer.model", lambda b: b[:3000]), "tokenizer.model"),
+    (lambda f: [llama3_files(f), config_file(f, len(RANKS) + 256, 0)],
+     edit("tokenizer.model", lambda b: b"".join(b.splitlines(True)[:300])), "300 tokens"),
+    (tokenizer_json, edit("tokenizer.json", lambda b: b.replace(b"p{N}", b"d")), "tokenizer.json"),
+    (tokenizer_json, edit("tokenizer.json", lambda b: b.replace(b'"model": {', b'"model": null, "other": {')), "tokenizer.json"),
     (llama3_files, edit("tokenizer.model", lambda b: b"".join(b.splitlines(True)[:250])), "256 single bytes"),
     (llama3_files, edit("tokenizer.model", lambda b: b.replace(b" 300\n", b" 301\n")), "tokenizer.model"),
     (llama3_files, edit("tokenizer.model", lambda b: b.replace(b" 300\n", b" three\n")), "line 301"),
@@ -841,9 +932,9 @@ def test_broken_tokenizers_are_named(tmp_path, files, damage, culprit):
 
 
 def test_tokenizer_larger_than_the_model(tmp_path):
-    llama3_files(tmp_path)
+    qwen_files(tmp_path)
     config_file(tmp_path, 300, 0)
-    with pytest.raises(ValueError, match="632 tokens.* 300"):
+    with pytest.raises(ValueError, match=f"{len(RANKS) + 3} tokens.* 300"):
         Tokenizer.load(tmp_path)
 
 
@@ -864,6 +955,44 @@ def run(*args) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, lm.__file__, *map(str, args)], capture_output=True, text=True)
 
 
+def test_every_way_to_split_a_token_may_be_listed(tmp_path):
+    """As transformers writes Llama 3's tokenizer.json: all pairs that make a token, in the order of the tokens."""
+    tokenizer_json(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["model"]["vocab"] = {spelled(bytes([b])): b for b in range(256)} | {"ab": 256, "bc": 257, "abc": 258}
+    raw["model"]["merges"] = ["a b", "b c", "a bc", "ab c"]
+    raw["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("abcbcab") == [258, 257, 256] and tokenizer.size == 259
+
+
+def test_special_tokens_keep_their_names(tmp_path):
+    qwen_files(tmp_path)
+    added = {len(RANKS): "<|endoftext|>", len(RANKS) + 5: "<tool_call>", len(RANKS) + 6: "</tool_call>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"added_tokens_decoder": {str(i): {"content": name} for i, name in added.items()}}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("".join(added.values())) == list(added) and tokenizer.size == len(RANKS) + 7
+    for bad in (-1, 2 ** 40, len(RANKS) + 4):
+        with pytest.raises(ValueError, match="stands for no token"):
+            tokenizer.decode([bad])
+
+
+def test_the_original_tokenizer_travels_too(tmp_path):
+    shutil.copytree(FIXTURES / "llama2", tmp_path / "a")
+    (tmp_path / "a" / "original").mkdir()
+    llama2_files(tmp_path / "a" / "original")
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        model = Llama.load("a")
+    finally:
+        os.chdir(before)
+    model.save(tmp_path / "b")
+    assert Tokenizer.load(tmp_path / "b").encode("ball") == Tokenizer.load(tmp_path / "a").encode("ball")
+
+
 def test_command_line(tmp_path):
     folder = shutil.copytree(FIXTURES / "llama2", tmp_path / "m")
     llama2_files(folder)
@@ -873,6 +1002,15 @@ def test_command_line(tmp_path):
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in done.stdout
     assert "2 layers of width 64" in done.stdout and "sentencepiece, 300 tokens; 256 codes from id 320" in done.stdout
     assert "the ball hits" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("args, culprit", [(("--tokens", 0), "0 new ones"), (("--tokens", 500), "context is 256"),
+                                           (("--device", "abacus"), "abacus"), (("--prompt", "ball " * 300), "context is 256")])
+def test_command_line_with_bad_values(tmp_path, args, culprit):
+    folder = shutil.copytree(FIXTURES / "llama2", tmp_path / "m")
+    llama2_files(folder)
+    done = run("--llm", folder, "--device", "cpu", *args)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and culprit in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("damage, culprit", [
