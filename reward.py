@@ -263,7 +263,8 @@ def difference(path: Path, before: str, after: str) -> str:
             for name in ("reward", "drift_error"):
                 a, b = (torch.tensor(results[row][scenario][split]["each"][name]) for row in (before, after))
                 change = (b - a)[~(b - a).isnan()]
-                mean, se = change.mean().item(), (change.std() / len(change) ** 0.5).item()
+                mean = change.mean()
+                se = change.std() / len(change) ** 0.5 if len(change) > 1 else torch.tensor(math.nan)
                 line += f"{mean:+10.3f} +-{se:6.3f} ({mean / se:+5.1f})"
             lines.append(line)
     return "\n".join(lines) + "\n(in brackets: in standard errors)"

@@ -433,6 +433,14 @@ def test_difference_is_clip_by_clip(tmp_path):
     np.testing.assert_allclose([numbers[0], numbers[3]], [up.mean(), down.mean()], atol=6e-4)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_difference_of_equal_or_single_clips(tmp_path, n):
+    each = {"reward": [1.0] * n, "drift_error": [0.5] * n}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({row: {"uniform": {"iid": {"each": each}}} for row in "AB"}))
+    assert "+0.000" in reward.difference(path, "A", "B") and "nan" in reward.difference(path, "A", "B")
+
+
 def test_a_table_is_continued_not_measured_again(tmp_path):
     path, calls = tmp_path / "results.json", []
 
