@@ -30,7 +30,7 @@ Differences from the paper, and choices where it is silent
     python ddt.py                       # trains what is missing in runs/tiny: vae/, then ddt/
     python ddt.py --steps 8000          # any field of Config is a flag
 
-Expected at `tiny` on 2 CPU cores: 10 minutes; median centre error of one-call reconstruction 0.05 to 0.09 world units, more
+Expected at `tiny` on 2 CPU cores: 9 minutes; median centre error of one-call reconstruction 0.03 to 0.06 world units, more
 than 240 codes in use.
 
 Axes: B batch, F frames, C channels, H W pixels or latent cells, P patches, K tokens of a frame, D width, N codes.
@@ -104,7 +104,7 @@ class Config:
 PRESETS = {
     "tiny": {},
 }
-EXPECTED = {"tiny": "About 10 minutes on 2 CPU cores (VAE 1.5, DDT 8)."}
+EXPECTED = {"tiny": "About 9 minutes on 2 CPU cores (VAE 1.5, DDT 7)."}
 
 # ------------------------------------------------------------------ VAE (diffusers' AutoencoderKL)
 

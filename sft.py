@@ -15,7 +15,7 @@ Choices where the paper is silent
     python sft.py                       # makes runs/tiny/vae and runs/tiny/ddt first if they are missing
     python sft.py --llm DIR             # starts from the weights of a Llama or Qwen2 (Hugging Face's or Meta's layout)
 
-Expected at `tiny` on 2 CPU cores: 8 minutes, of them 1 for the tokens; loss 0.35 nats a token, drift_error 0.46 on iid clips.
+Expected at `tiny` on 2 CPU cores: 13 minutes, of them 1 for the tokens; loss 0.4 nats a token, drift_error 0.42 on iid clips.
 
 Axes: B clips, F frames, K tokens of a frame, S sequence, V visual codes.
 """
@@ -71,7 +71,7 @@ class Config:
 PRESETS = {
     "tiny": {},
 }
-EXPECTED = {"tiny": "About 8 minutes on 2 CPU cores."}
+EXPECTED = {"tiny": "About 13 minutes on 2 CPU cores."}
 
 # ------------------------------------------------------------------ clips as sequences
 
