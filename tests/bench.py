@@ -6,7 +6,7 @@ slows both; printed are medians.
     python tests/bench.py sim          # one of them: clips simulated a second
     python tests/bench.py lm           # tokens a second of prefill, decode and training, on the GPU where there is one
 
-sim takes 10 seconds on one CPU core, lm 4 minutes on two.
+sim takes 10 seconds on one CPU core, lm 2 minutes on two.
 """
 import sys
 import time
