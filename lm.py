@@ -379,13 +379,14 @@ class Llama(nn.Module):
             _write(shard, folder / (name + ".part"))
         for name, content in texts.items():
             (folder / (name + ".part")).write_text(json.dumps(content, indent=2) + "\n")
-        for name in TOKENIZER_FILES if self.source not in (None, folder.resolve()) else ():
-            for path in (self.source / "original" / name, self.source / name):
-                if path.exists():
-                    shutil.copyfile(path, folder / name)
+        copied = {} if self.source in (None, folder.resolve()) else \
+            {name: path for name in TOKENIZER_FILES
+             for path in (self.source / "original" / name, self.source / name) if path.exists()}
+        for name, path in copied.items():
+            shutil.copyfile(path, folder / (name + ".part"))
         if len(shards) > 1:
             (folder / INDEX).unlink(missing_ok=True)                              # until all shards are new
-        for name in (*names, *texts):
+        for name in (*names, *copied, *texts):
             os.replace(folder / (name + ".part"), folder / name)
         for path in folder.iterdir():                                             # of an earlier save in other shards
             if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.part)?", path.name) \
@@ -462,15 +463,19 @@ def _json(path: Path) -> dict:
     return content
 
 
-def _hugging_face(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[Path, str, Tensor]]]:
-    """-> config; (file, name, tensor) one after the other, mapped from the file and not yet read."""
+def _config(folder: Path) -> LlamaConfig:
     raw = _json(folder / "config.json")
     try:
-        config = LlamaConfig.from_json(raw)
+        return LlamaConfig.from_json(raw)
     except KeyError as error:
         raise ValueError(f"{folder}/config.json lacks {error}") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
+
+
+def _hugging_face(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[Path, str, Tensor]]]:
+    """-> config; (file, name, tensor) one after the other, mapped from the file and not yet read."""
+    config = _config(folder)
     shards: dict[Path, list[str]] = {folder / WEIGHTS: []}                        # no names: all there are
     if (folder / INDEX).exists():
         shards, listed = {}, _json(folder / INDEX).get("weight_map")
@@ -568,6 +573,13 @@ def draw(logits: Tensor, support: Tensor, generator: torch.Generator | None = No
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
+def _check_length(config: LlamaConfig, S: int, n: int) -> None:
+    if min(S, n) < 1:
+        raise ValueError(f"a prompt of {S} tokens and {n} new ones: at least one of each")
+    if S + n > config.max_position_embeddings:
+        raise ValueError(f"prompt of {S} + {n} new tokens: this model's context is {config.max_position_embeddings}")
+
+
 @torch.no_grad()
 def generate(model: Llama, prompt: Tensor, n: int, group: int = 1, top_k: int = 50, top_p: float = 0.95,
              generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -582,10 +594,9 @@ def generate(model: Llama, prompt: Tensor, n: int, group: int = 1, top_k: int = 
     if not c.n_visual:
         raise ValueError("this model has no visual codes: load it with n_visual=256")
     B, S = prompt.shape
-    if min(B, S, n, group) < 1:
-        raise ValueError(f"{B} prompts of {S} tokens, {n} new ones, group of {group}: at least one of each")
-    if S + n > c.max_position_embeddings:
-        raise ValueError(f"prompt of {S} + {n} new tokens: this model's context is {c.max_position_embeddings}")
+    if min(B, group) < 1:
+        raise ValueError(f"{B} prompts, group of {group}: at least one of each")
+    _check_length(c, S, n)
     cache = Cache(c, B, S + n, prompt.device, model.head.dtype)
     hidden = model(prompt, cache)[:, -1]                                          # (B, D)
     cache, hidden = cache.expand(group), hidden.repeat_interleave(group, 0)       # B -> B G
@@ -643,19 +654,16 @@ def continuation(model: Llama, prompt: list[int], n: int, top_k: int = 50, top_p
     Up to n further ids of a text, one by one, drawn from the full head (its first `words` rows: behind the tokenizer's
     vocabulary come padding and visual codes). Ends before an end-of-text token.
     """
-    if len(prompt) + n > model.config.max_position_embeddings:
-        raise ValueError(f"prompt of {len(prompt)} + {n} new tokens: this model's context is "
-                         f"{model.config.max_position_embeddings}")
-    if not prompt or n < 1:
-        raise ValueError(f"a prompt of {len(prompt)} tokens and {n} new ones: at least one of each")
-    device = model.head.device
+    _check_length(model.config, len(prompt), n)
+    device, eos = model.head.device, model.config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
     cache = Cache(model.config, 1, len(prompt) + n, device, model.head.dtype)
     logits = model.logits(model(torch.tensor([prompt], device=device), cache)[:, -1])             # (1, V)
     step = decode_step(model, cache, model.logits)
     for i in range(n):
-        new = draw(logits[:, :words], truncate(logits[:, :words], top_k, top_p), generator)       # (1,)
-        eos = model.config.eos_token_id
-        if (token := new.item()) in (eos if isinstance(eos, list) else [eos]):
+        logits = logits[:, :words]
+        new = draw(logits, truncate(logits, top_k, top_p), generator)             # (1,)
+        if (token := new.item()) in ends:
             return
         yield token
         if i + 1 < n:
@@ -704,11 +712,12 @@ class Tokenizer:
         """The tokenizer of a model's folder. Raises ValueError that names the file for what is missing or broken."""
         folder, place, bos = Path(folder), {}, None
         if (folder / "config.json").exists():
-            config = _hugging_face(folder)[0]
+            config = _config(folder)
             place, bos = {"first_code": config.vocab_size - config.n_visual}, config.bos_token_id
             place |= {"n_visual": config.n_visual} if config.n_visual else {}
         if (path := folder / "tokenizer.model").exists() or (path := folder / "original" / "tokenizer.model").exists():
-            if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", path.read_bytes()[:200]):
+            content = path.read_bytes()
+            if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
                 ranks = _ranks(path)
                 if place and len(ranks) + 256 != place["first_code"]:
                     raise ValueError(f"{path} has {len(ranks)} tokens, this model's vocabulary {place['first_code']} less 256 "
@@ -716,7 +725,7 @@ class Tokenizer:
                 return cls(ranks, special=_behind(ranks, LLAMA3_SPECIAL), digits="{1,3}", bos=len(ranks), **place)
             try:
                 sp = sentencepiece.SentencePieceProcessor()
-                sp.LoadFromSerializedProto(path.read_bytes())
+                sp.LoadFromSerializedProto(content)
             except (OSError, RuntimeError, TypeError) as error:
                 raise ValueError(f"{path} is neither a tiktoken nor a sentencepiece file ({error})") from None
             return cls(None, sp, bos=sp.bos_id() if sp.bos_id() >= 0 else None, **place)

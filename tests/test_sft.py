@@ -15,7 +15,8 @@ def model(seed=0) -> Llama:
     torch.manual_seed(seed)
     llama = Llama(LlamaConfig(1 + 12, 32, 48, 2, 4, 2, 8, n_visual=12))
     for p in llama.parameters():
-        torch.nn.init.normal_(p, std=0.3) if p.ndim == 2 else None
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.3)
     return llama.requires_grad_(False)
 
 
