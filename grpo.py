@@ -20,7 +20,7 @@ Differences from textbook GRPO, and choices where the paper is silent
     python grpo.py --steps 80           # the same without torchrun; any field of Config is a flag
     torchrun --nproc_per_node=8 grpo.py # 8 ranks; the global batch stays as it is
 
-Expected at `tiny` on 2 CPU cores: 29 minutes in all, GRPO 4 of them (3.6 seconds a step).
+Expected at `tiny` on 2 CPU cores: 27 minutes in all, GRPO 4 of them (3.6 seconds a step).
 
 Axes: P prompts, G rollouts per prompt (group), R = P G rollouts, S sequence, T sampled tokens, V visual codes, F frames,
 K tokens of a frame.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from ddt import DDT, VAE, Config, EMAVectorQuantizer, MMDiT, patchify, unpatchify
+from ddt import DDT, VAE, Config, EMAVectorQuantizer, MMDiT, TokenLinear, crowding, patchify, unpatchify
 from train import Problem
 
 SIZE, K, CELLS = 16, 5, 8                   # pixels a side, tokens, latent cells a side
@@ -146,6 +146,7 @@ def test_later_tokens_are_as_if_there_were_none(denoiser, k):
     model, latent, t, tokens = denoiser
     shown, shorter = torch.full((4,), k), copy.deepcopy(model)
     shorter.token_position = nn.Parameter(model.token_position[:k])
+    shorter.token_in.weight, shorter.token_in.bias = (nn.Parameter(x[:k]) for x in model.token_in.parameters())
     torch.testing.assert_close(model(latent, t, tokens, shown), shorter(latent, t, tokens[:, :k], shown))
 
 
@@ -178,9 +179,9 @@ def test_times(shift, queries):
 # ------------------------------------------------------------------ quantizer
 
 
-def quantizer(codes=12, dim=4, decay=0.9, active=True, width=6) -> EMAVectorQuantizer:
+def quantizer(codes=12, dim=4, decay=0.9, active=True, width=6, tokens=4) -> EMAVectorQuantizer:
     torch.manual_seed(0)
-    model = EMAVectorQuantizer(width, codes, dim, decay)
+    model = EMAVectorQuantizer(tokens, width, codes, dim, decay)
     model.active.fill_(active)
     return model.train()
 
@@ -214,17 +215,24 @@ class ByHand:
                 self.sum[j] = [x * share for x in random_vectors[j]]
 
 
+def test_every_token_has_its_own_projection():
+    layer, x = TokenLinear(3, 5, 2), torch.randn(4, 3, 5, generator=seeded())
+    by_hand = torch.stack([x[:, k] @ layer.weight[k] + layer.bias[k] for k in range(3)], 1)
+    torch.testing.assert_close(layer(x), by_hand)
+    assert 0.9 * 5 ** -0.5 < layer.weight.abs().max() <= 5 ** -0.5 and not torch.equal(layer.weight[0], layer.weight[1])
+
+
 @torch.no_grad()
 def test_ema_updates_against_a_plain_loop():
     q, g = quantizer(), seeded(5)
     by_hand = ByHand(q)
     centers = torch.randn(6, 6, generator=g)
     for step in range(50):
-        visible = centers[:3] if step < 25 else centers[3:]             # the data move: codes die
-        x = visible[torch.randint(3, (10, 4), generator=g)] + 0.3 * torch.randn(10, 4, 6, generator=g)
+        visible = centers[step // 10:step // 10 + 2]                    # the data move: codes die
+        x = visible[torch.randint(2, (10, 4), generator=g)] + 0.3 * torch.randn(10, 4, 6, generator=g)
         z = q.vectors(x).flatten(0, 1)
         expected, random_vectors = by_hand.nearest(z.tolist()), q.random_vectors(z).tolist()
-        _, codes, _ = q(x)
+        _, codes, *_ = q(x)
         assert codes.flatten().tolist() == expected
         by_hand.update(z.tolist(), expected, random_vectors)
         for name in ("codebook", "count", "sum"):
@@ -237,8 +245,8 @@ def test_ema_updates_against_a_plain_loop():
 @torch.no_grad()
 def test_revived_codes_live():
     """A revived code keeps what it was put on: six vectors and six codes end as pairs, and stay so."""
-    q = quantizer(codes=6)
-    x = torch.randn(1, 6, 6, generator=seeded()).repeat(1, 10, 1)
+    q = quantizer(codes=6, tokens=6)
+    x = torch.randn(1, 6, 6, generator=seeded()).repeat(10, 1, 1)
     assert len(q.nearest(q.vectors(x)).unique()) < 6
     for _ in range(400):
         q(x)
@@ -260,7 +268,7 @@ def test_no_update_in_eval_or_while_inactive(active, training):
     q = quantizer(active=active).train(training)
     before = {k: v.clone() for k, v in q.state_dict().items()}
     x = torch.randn(3, 4, 6, generator=seeded())
-    quantized, codes, commitment = q(x)
+    quantized, codes, commitment, _ = q(x)
     assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items())
     assert codes.shape == (3, 4) and commitment.shape == (3,)
     torch.testing.assert_close(quantized, q.codebook[codes] if active else q.vectors(x))
@@ -269,7 +277,7 @@ def test_no_update_in_eval_or_while_inactive(active, training):
 
 def test_noise_until_quantization():
     """It turns the unit vectors before they are quantized, and is ignored once they are."""
-    x, noise = torch.randn(5, 3, 6, generator=seeded()), 0.3 * torch.randn(5, 3, 4, generator=seeded(1))
+    x, noise = torch.randn(5, 4, 6, generator=seeded()), 0.3 * torch.randn(5, 4, 4, generator=seeded(1))
     for active in (False, True):
         q = quantizer(active=active).eval()
         plain, noisy = q(x)[0], q(x, noise)[0]
@@ -285,7 +293,7 @@ def test_straight_through():
     book = q.codebook.clone()
     x = torch.randn(3, 4, 6, generator=seeded()).requires_grad_()
     weight = torch.randn(3, 4, 4, generator=seeded(1))
-    quantized, codes, commitment = q(x)
+    quantized, codes, commitment, _ = q(x)
     torch.testing.assert_close(quantized, book[codes], rtol=0, atol=1e-6)
     gradient = torch.autograd.grad((quantized * weight).sum(), x, retain_graph=True)[0]
     expected = torch.autograd.grad((q.vectors(x) * weight).sum(), x)[0]
@@ -301,7 +309,7 @@ def test_codes_are_the_nearest_by_cosine():
     codes = q.nearest(F.normalize(z, dim=-1))
     by_hand = [max(range(40), key=lambda j: F.cosine_similarity(v, q.codebook[j], dim=0).item()) for v in z]
     assert codes.tolist() == by_hand
-    torch.testing.assert_close(q.vectors(torch.randn(2, 3, 6)).norm(dim=-1), torch.ones(2, 3))
+    torch.testing.assert_close(q.vectors(torch.randn(2, 4, 6)).norm(dim=-1), torch.ones(2, 4))
 
 
 def test_fill_uses_every_code():
@@ -321,10 +329,40 @@ def test_fill_uses_every_code():
     torch.testing.assert_close(q.codebook.norm(dim=-1), torch.ones(32))
 
 
+def test_crowding():
+    """Against a loop over pairs; 0 when all vectors are one; its gradient drives the vectors apart."""
+    z = F.normalize(torch.randn(5, 3, 4, generator=seeded()), dim=-1)
+    for i in range(5):
+        by_hand = [math.log(sum(math.exp(-2 * ((z[i, k] - z[j, k]) ** 2).sum()) for j in range(5)) / 5) for k in range(3)]
+        assert crowding(z)[i].item() == pytest.approx(sum(by_hand) / 3, abs=1e-5)
+    torch.testing.assert_close(crowding(z[:1].expand(5, -1, -1)), torch.zeros(5), rtol=0, atol=1e-6)
+    x = (torch.ones(5, 1, 4) + 0.1 * torch.randn(5, 1, 4, generator=seeded(1))).requires_grad_()
+    optimizer = torch.optim.SGD([x], lr=0.3)
+    for _ in range(300):
+        loss = crowding(F.normalize(x, dim=-1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    similarity = F.normalize(x[:, 0], dim=-1) @ F.normalize(x[:, 0], dim=-1).T
+    assert similarity.fill_diagonal_(-1).max() < 0.2 and loss < crowding(z).mean()
+
+
+@torch.no_grad()
+def test_spread_begins_when_the_plateau_is_left():
+    ddt = DDT(config(), small_vae())
+    latent, noise = torch.randn(2, 6, ddt.vae.config["latent_channels"], CELLS, CELLS, generator=seeded())
+    for noise_mse in (1.0, 0.1):
+        ddt.noise_mse.fill_(noise_mse)
+        r = ddt(latent, torch.ones(6), noise)
+        spread = ddt.config.spread * r["crowding"] if noise_mse < ddt.config.noise_below else 0
+        torch.testing.assert_close(r["loss"], r["mse"] + ddt.config.commitment * r["commitment"] + spread)
+    assert ddt.config.spread > 0 and (r["crowding"] < 0).all()
+
+
 def quantize(world):
     """Fill and 20 updates on this rank's share of 7 rows -> the state."""
     q, g = quantizer(), seeded(7)
-    rows = torch.randn(20, 7, 3, 6, generator=g) + torch.randn(6, generator=g)
+    rows = torch.randn(20, 7, 4, 6, generator=g) + torch.randn(6, generator=g)
     with torch.no_grad():
         q.fill(q.vectors(world.share(rows[0])).flatten(0, 1))
         for x in rows:
@@ -332,18 +370,29 @@ def quantize(world):
     return q.state_dict()
 
 
+def crowd(world):
+    """Crowding of this rank's share of 7 rows, and its gradient."""
+    x = torch.randn(7, 3, 4, generator=seeded()).requires_grad_()
+    result = crowding(F.normalize(world.share(x), dim=-1))
+    return {"crowding": result.detach(), "gradient": world.share(torch.autograd.grad(result.sum(), x)[0]).contiguous()}
+
+
 def of_two_ranks(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    state = quantize(train.World(rank, 2, torch.device("cpu")))
+    world = train.World(rank, 2, torch.device("cpu"))
+    state = quantize(world) | crowd(world)
     train.write_safetensors(folder / f"{rank}.safetensors", state, {})
     dist.destroy_process_group()
 
 
-def test_codebooks_of_two_ranks_are_that_of_one(tmp_path):
+def test_codebook_and_crowding_of_two_ranks_are_that_of_one(tmp_path):
     mp.spawn(of_two_ranks, (tmp_path,), 2)
     first, second = (train.read_safetensors(tmp_path / f"{rank}.safetensors")[0] for rank in (0, 1))
-    for name, value in quantize(train.World(0, 1, torch.device("cpu"))).items():
+    alone = train.World(0, 1, torch.device("cpu"))
+    for name, value in crowd(alone).items():
+        torch.testing.assert_close(torch.cat([first[name], second[name]]), value)
+    for name, value in quantize(alone).items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-4)
 
