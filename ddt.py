@@ -92,7 +92,7 @@ class Config:
     token_noise: float = 0.2    # before that: std per channel of the noise on the unit vectors, once the mean ...
     noise_below: float = 0.5    # ... error at pure noise has come down to this
     commitment: float = 0.25
-    spread: float = 0.02        # weight of `crowding`, from the same moment on
+    spread: float = 0.02        # weight of `crowding`, once that error is below noise_below
     # optimization
     steps: int = 4000
     batch: int = 64
@@ -326,10 +326,9 @@ def crowding(z: Tensor) -> Tensor:
     log of the mean of exp(-2 d^2) over their distances d (uniformity, Wang and Isola 2020), mean over tokens. 0: all
     vectors are one. The gradient pushes a row away from where the others are.
     """
-    with torch.autocast(z.device.type, enabled=False):
-        others = of_all_ranks(z)                                              # (A, K, dim)
-        similarity = torch.einsum("bkd,akd->bka", z, others)                  # d^2 = 2 - 2 similarity
-        return ((4 * similarity - 4).logsumexp(-1) - math.log(len(others))).mean(-1)
+    others = of_all_ranks(z)                                                  # (A, K, dim)
+    similarity = torch.einsum("bkd,akd->bka", z, others)                      # d^2 = 2 - 2 similarity
+    return ((4 * similarity - 4).logsumexp(-1) - math.log(len(others))).mean(-1)
 
 
 class EMAVectorQuantizer(nn.Module):
@@ -572,6 +571,11 @@ class DDT(nn.Module):
         self.vae.eval()
         return self
 
+    @property
+    def past_plateau(self) -> bool:
+        """The tokens say something: from here on noise and `crowding` see to it that they do not all say the same."""
+        return bool(self.noise_mse < self.config.noise_below)
+
     def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u (B,) in [0, 1] -> time t (B,) and the number of tokens shown there k (B,): k(0) = 0, k(1) = K."""
         s = self.config.shift
@@ -587,7 +591,7 @@ class DDT(nn.Module):
         x_t = t[:, None, None, None] * noise + (1 - t[:, None, None, None]) * latent
         mse = (self.decoder(x_t, t, tokens, k) - latent).square().mean((1, 2, 3))
         loss = mse + self.config.commitment * commitment
-        if self.noise_mse < self.config.noise_below:
+        if self.past_plateau:
             loss = loss + self.config.spread * crowd
         return {"loss": loss, "mse": mse, "commitment": commitment, "crowding": crowd, "codes": codes}
 
@@ -762,7 +766,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             u = torch.rand(B, generator=generator)
             u = torch.where(torch.rand(B, generator=generator) < config.pure_noise, 1.0, u)
             noise = torch.randn(B, *x0.shape[1:], generator=generator)
-            scale = config.token_noise if ddt.noise_mse < config.noise_below else 0.0
+            scale = config.token_noise if ddt.past_plateau else 0.0
             token_noise = scale * torch.randn(B, config.queries, ddt.quantizer.codebook.shape[1], generator=generator)
             u, noise, token_noise = (world.share(x).to(device) for x in (u, noise, token_noise))
             if step >= config.quantize_at * config.steps and not ddt.quantizer.active:
