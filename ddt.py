@@ -42,6 +42,7 @@ Axes: B batch, F frames, C channels, H W pixels or latent cells, P patches, K to
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -71,6 +72,7 @@ class Config:
     clips: int = 6000           # training clips (32 frames each) per scenario
     size: int = 32              # pixels
     # VAE
+    vae: str = ""               # folder of a trained one in diffusers' layout; empty: train the small one described here
     vae_width: int = 16         # channels of the first level; the others have twice as many
     vae_levels: int = 3         # resolutions: 3 -> 4 times smaller, 4 -> 8 times
     vae_latent: int = 4         # latent channels
@@ -221,6 +223,9 @@ class Decoder(nn.Module):
 
 
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+VAE_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # in files of before 2023
+VAE_ALWAYS = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+              "down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D", "mid_block_add_attention": True}
 
 
 class VAE(nn.Module):
@@ -271,11 +276,24 @@ class VAE(nn.Module):
 
     @classmethod
     def load(cls, folder) -> "VAE":
-        """A folder in diffusers' layout. Raises train.Problem for what is missing, damaged or does not fit."""
+        """
+        A folder in diffusers' layout, in fp32 whatever its files hold. Raises train.Problem for what is missing, damaged,
+        not finite or does not fit.
+        """
         config, tensors = load_folder(folder, VAE_WEIGHTS)
+        for key, ours in VAE_ALWAYS.items():
+            value = config.get(key, ours)
+            if value != ours and not (isinstance(value, list) and set(value) == {ours}):
+                raise train.Problem(f"{folder}/config.json: {key} is {value}; only an AutoencoderKL with {ours} can be read")
+        scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0
+        if not (isinstance(scale, (int, float)) and isinstance(shift, (int, float)) and 0 < scale < math.inf):
+            raise train.Problem(f"{folder}/config.json: scaling_factor {scale!r}, shift_factor {shift!r} are not numbers, the "
+                                "first of them above 0")
+        tensors = {re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: m[1] + VAE_OLD_NAMES[m[2]], name): x
+                   for name, x in tensors.items()}
         try:
             vae = cls(config)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise train.Problem(f"{folder}/config.json is not that of an AutoencoderKL ({error})") from None
         train.load_state(vae, tensors, Path(folder))
         return vae.eval().requires_grad_(False)
@@ -633,7 +651,7 @@ class DDT(nn.Module):
         return x
 
     def save(self, folder) -> None:
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("out", "fresh", "save_every")}
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("out", "vae", "fresh", "save_every")}
         save_folder(folder, {"ddt": config, "vae": self.vae.config}, self, "model.safetensors")
 
     @classmethod
@@ -729,6 +747,21 @@ def train_vae(config: Config, world: train.World) -> VAE:
         reward.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
     train.finish(folder, vae.save, c, vae, world)
     return vae.eval().requires_grad_(False)
+
+
+def foreign_vae(config: Config, world: train.World) -> VAE:
+    """The VAE of --vae, and a copy of it in <out>/vae, so that the run folder is whole."""
+    vae, folder = VAE.load(config.vae).to(world.device), Path(config.out, "vae")
+    there = (folder / VAE_WEIGHTS).exists()
+    if there:
+        own = VAE.load(folder).state_dict()
+        same = [*own] == [*vae.state_dict()] and all(torch.equal(own[k], x.cpu()) for k, x in vae.state_dict().items())
+        train.need(same, f"{folder} holds another VAE than --vae {config.vae}: choose another --out, or start over with --fresh")
+    train.wait(world)                   # every rank has looked before one writes
+    if world.is_main and not there:
+        vae.save(folder)
+    train.wait(world)
+    return vae
 
 
 class AutoencoderLoss(nn.Module):
@@ -859,7 +892,7 @@ def main(argv: list[str] | None = None) -> None:
     shrink = 2 ** (c.vae_levels - 1) * c.patch
     train.need(0 <= c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
     train.need(c.token_noise >= 0, f"--token_noise {c.token_noise}: a standard deviation, at least 0")
-    train.need(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, what VAE and patches shrink it by")
+    train.need(c.vae or c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, what VAE and patches shrink it by")
     train.need(c.vae_width % 8 == 0, f"--vae_width {c.vae_width}: must be a multiple of 8 (its norms have 8 groups)")
     train.need(c.query_width % c.heads == 0 and c.width % (4 * c.heads) == 0 and c.image_width % 4 == 0,
                f"--query_width {c.query_width} and --width {c.width} must divide by --heads {c.heads}, "
@@ -871,7 +904,9 @@ def main(argv: list[str] | None = None) -> None:
         train.discard(out / "vae")
         train.discard(out / "ddt")
         Path(out, "ddt", "reconstruction.png").unlink(missing_ok=True)
-    if (out / "vae" / VAE_WEIGHTS).exists():
+    if c.vae:
+        vae = foreign_vae(c, world)
+    elif (out / "vae" / VAE_WEIGHTS).exists():
         vae = VAE.load(out / "vae").to(world.device)
     else:
         vae = train_vae(c, world)

@@ -320,10 +320,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise Problem(f"cannot read {path} ({error}): delete it, or start the stage over with --fresh")
+        raise Problem(f"cannot read {path} ({error}). If a stage here made it, start that over with --fresh")
     broken = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
-        raise Problem(f"{path} holds NaN or infinity in {broken[0]}: delete it, or start the stage over with --fresh")
+        raise Problem(f"{path} holds NaN or infinity in {broken[0]}. If a stage here made it, start that over with --fresh")
     return tensors, metadata
 
 

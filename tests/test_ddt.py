@@ -7,16 +7,19 @@ import copy
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train
 from ddt import DDT, VAE, Config, EMAVectorQuantizer, MMDiT, TokenLinear, crowding, patchify, unpatchify
+from ddt import VAE_WEIGHTS as WEIGHTS
 from train import Problem
 
 SIZE, K, CELLS = 16, 5, 8                   # pixels a side, tokens, latent cells a side
@@ -96,6 +99,77 @@ def test_vae_shifts_and_scales():
     z = plain.encode(images)
     torch.testing.assert_close(scaled.encode(images), (z - 3.0) * 0.5)
     torch.testing.assert_close(scaled.decode((z - 3.0) * 0.5), plain.decode(z), rtol=1e-3, atol=1e-3)
+
+
+FIXTURES = Path(__file__).parent / "fixtures"       # random AutoencoderKLs, written and run by diffusers 0.42.1
+
+
+def copied(name, folder, change=lambda tensors: tensors, **fields):
+    """A fixture's folder, its tensors changed, with other fields in its config."""
+    raw = json.loads((FIXTURES / name / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | fields))
+    save_file(change(load_file(FIXTURES / name / WEIGHTS)), folder / WEIGHTS)
+    return folder
+
+
+def old_names(tensors):
+    """What diffusers called the attention's matrices at first."""
+    new_to_old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    renamed = {}
+    for name, x in tensors.items():
+        for new, old in new_to_old.items():
+            name = name.replace(new, old)
+        renamed[name] = x
+    assert sum("query" in name for name in renamed) == 4
+    return renamed
+
+
+@pytest.mark.parametrize("name", ["vae-sd1", "vae-sd3"])
+@pytest.mark.parametrize("change", [lambda tensors: tensors, old_names], ids=["names of today", "old names"])
+@torch.no_grad()
+def test_vae_matches_diffusers(name, change, tmp_path):
+    vae, expected = VAE.load(copied(name, tmp_path, change)), load_file(FIXTURES / name / "expected.safetensors")
+    mean, _ = vae.moments(expected["image"])
+    torch.testing.assert_close(mean, expected["latent"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(vae.reconstruct(expected["latent"]), expected["decoded"], atol=1e-4, rtol=0)
+    scale, shift = {"vae-sd1": (0.18215, 0.0), "vae-sd3": (1.5305, 0.0609)}[name]
+    torch.testing.assert_close(vae.encode(expected["image"]), (expected["latent"] - shift) * scale, atol=2e-4, rtol=0)
+    torch.testing.assert_close(vae.decode(vae.encode(expected["image"])), expected["decoded"], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_vae_of_half_precision_files_is_fp32(tmp_path):
+    vae = VAE.load(copied("vae-sd3", tmp_path, lambda tensors: {k: x.half() for k, x in tensors.items()}))
+    expected = load_file(FIXTURES / "vae-sd3" / "expected.safetensors")
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
+    torch.testing.assert_close(vae.moments(expected["image"])[0], expected["latent"], atol=2e-2, rtol=0)
+
+
+def without(name):
+    return lambda tensors: {k: x for k, x in tensors.items() if k != name}
+
+
+def changed(name, f):
+    return lambda tensors: tensors | {name: f(tensors[name]).contiguous()}
+
+
+BIAS = "encoder.mid_block.attentions.0.to_q.bias"
+
+
+@pytest.mark.parametrize("change, fields, culprit", [
+    (without(BIAS), {}, BIAS), (lambda tensors: tensors | {"extra.weight": torch.ones(2)}, {}, "extra.weight"),
+    (changed(BIAS, lambda x: x[1:]), {}, BIAS), (changed(BIAS, lambda x: x * math.nan), {}, BIAS),
+    (dict, {"use_quant_conv": False}, "quant_conv"), (dict, {"latent_channels": 8}, "encoder.conv_out"),
+    (dict, {"act_fn": "relu"}, "act_fn"), (dict, {"mid_block_add_attention": False}, "mid_block_add_attention"),
+    (dict, {"_class_name": "VQModel"}, "VQModel"), (dict, {"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
+    (dict, {"block_out_channels": 8}, "config.json"), (dict, {"norm_num_groups": 3}, "config.json"),
+    (dict, {"scaling_factor": "big"}, "scaling_factor"), (dict, {"scaling_factor": 0}, "scaling_factor")],
+    ids=["missing", "unexpected", "shape", "NaN", "no quant conv", "latent channels", "activation", "no attention", "class",
+         "blocks", "channels", "groups", "scale is text", "scale is 0"])
+def test_a_vae_that_does_not_fit(change, fields, culprit, tmp_path):
+    with pytest.raises(Problem) as problem:
+        VAE.load(copied("vae-sd1", tmp_path, change, **fields))
+    assert culprit in str(problem.value) and str(tmp_path) in str(problem.value)
 
 
 # ------------------------------------------------------------------ patches

@@ -151,6 +151,19 @@ def test_sft_starts_from_given_weights(finished, tmp_path):
     assert missing.returncode == 2 and "config.json" in missing.stderr and "\n" not in missing.stderr.strip()
 
 
+def test_a_vae_of_diffusers(tmp_path):
+    sd1, sd3 = (ROOT / "tests" / "fixtures" / name for name in ("vae-sd1", "vae-sd3"))
+    result = run("ddt.py", "--out", tmp_path, *DDT, "--vae", sd3)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "vae" / "log.jsonl").exists()                          # not trained
+    same(weights(tmp_path / "vae"), load_file(sd3 / "diffusion_pytorch_model.safetensors"))
+    assert load_file(tmp_path / "ddt" / "model.safetensors")["decoder.latent_out.weight"].shape[0] == 16 * 2 * 2
+    other = run("ddt.py", "--out", tmp_path, *DDT, "--vae", sd1)
+    assert other.returncode == 2 and "holds another VAE" in other.stderr and "Traceback" not in other.stderr
+    none = run("ddt.py", "--out", tmp_path / "new", *DDT, "--vae", tmp_path / "nowhere")
+    assert none.returncode == 2 and "nowhere" in none.stderr and "Traceback" not in none.stderr
+
+
 def test_ctrl_c_is_one_line(finished, tmp_path):
     for name in ("vae", "ddt"):
         shutil.copytree(finished / name, tmp_path / name)
