@@ -355,11 +355,10 @@ class EMAVectorQuantizer(nn.Module):
     2017, appendix A.1). Statistics are summed over ranks, so that the codebooks stay identical. All in fp32.
     """
 
-    def __init__(self, tokens: int, width: int, codes: int = 256, dim: int = 16, decay: float = 0.95,
-                 dead_below: float = 0.2):
+    def __init__(self, project: nn.Module, codes: int = 256, dim: int = 16, decay: float = 0.95, dead_below: float = 0.2):
         super().__init__()
         self.decay, self.dead_below = decay, dead_below
-        self.project = TokenLinear(tokens, width, dim)
+        self.project = project              # (B, K, D) -> (B, K, dim)
         self.norm = nn.LayerNorm(dim)       # without it, all vectors share a large mean and fall to one code
         self.register_buffer("codebook", F.normalize(torch.randn(codes, dim), dim=-1))   # (N, dim)
         self.register_buffer("count", torch.ones(codes))          # EMA of the matches per update
@@ -427,6 +426,12 @@ class EMAVectorQuantizer(nn.Module):
             self.update(z, self.nearest(z))
         self.decay = decay
         self.active.fill_(True)
+
+    def usage(self) -> dict[str, float]:
+        """Codes with more than a tenth of the uniform share of matches, and the perplexity of the shares."""
+        use = self.count / self.count.sum()
+        return {"codes_used": int((use > 0.1 / len(use)).sum()) if self.active else 0,
+                "perplexity": math.exp(-(use * (use + 1e-9).log()).sum()) if self.active else 0.0}
 
 
 # ------------------------------------------------------------------ transformers
@@ -580,7 +585,7 @@ class DDT(nn.Module):
             raise train.Problem(f"--size {config.size} must be a multiple of {vae.shrink * config.patch} "
                                 f"(VAE {vae.shrink} x patch {config.patch})")
         self.encoder = QFormer(channels, side, config)
-        self.quantizer = EMAVectorQuantizer(config.queries, config.query_width)
+        self.quantizer = EMAVectorQuantizer(TokenLinear(config.queries, config.query_width, 16))
         self.decoder = MMDiT(channels, side, self.quantizer.codebook.shape[1], config)
         self.register_buffer("noise_mse", torch.ones(()))       # running mean of the error at t = 1; 1: nothing learnt
 
@@ -711,18 +716,23 @@ class Frames:
         return frames
 
 
+def small_vae(config: Config) -> VAE:
+    """The untrained AutoencoderKL that a config describes."""
+    width = config.vae_width
+    return VAE({"_class_name": "AutoencoderKL", "block_out_channels": [width] + [2 * width] * (config.vae_levels - 1),
+                "layers_per_block": 1, "latent_channels": config.vae_latent, "norm_num_groups": 8,
+                "in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": config.size,
+                "down_block_types": ["DownEncoderBlock2D"] * config.vae_levels,
+                "up_block_types": ["UpDecoderBlock2D"] * config.vae_levels,
+                "use_quant_conv": False, "use_post_quant_conv": False,
+                "scaling_factor": 1.0, "shift_factor": 0.0})
+
+
 def train_vae(config: Config, world: train.World) -> VAE:
     """Trains a small AutoencoderKL on single frames and saves it in <out>/vae."""
     folder = train.writable(Path(config.out, "vae"))
     torch.manual_seed(config.seed)
-    width = config.vae_width
-    vae = VAE({"_class_name": "AutoencoderKL", "block_out_channels": [width] + [2 * width] * (config.vae_levels - 1),
-               "layers_per_block": 1, "latent_channels": config.vae_latent, "norm_num_groups": 8,
-               "in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": config.size,
-               "down_block_types": ["DownEncoderBlock2D"] * config.vae_levels,
-               "up_block_types": ["UpDecoderBlock2D"] * config.vae_levels,
-               "use_quant_conv": False, "use_post_quant_conv": False,
-               "scaling_factor": 1.0, "shift_factor": 0.0}).to(world.device)
+    vae = small_vae(config).to(world.device)
     c = dataclasses.replace(config, steps=config.vae_steps, lr=config.vae_lr, batch=config.vae_batch,
                             warmup=config.vae_steps // 6)
     optimizer = train.adamw(vae, c)
@@ -813,12 +823,9 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             at_noise = train.total(torch.stack([result["mse"][pure].sum(), pure.sum()]))
             mse_noise = at_noise[0] / at_noise[1].clamp(min=1)
             ddt.noise_mse.lerp_(mse_noise, 0.05 if at_noise[1] else 0)
-            q = ddt.quantizer
-            use = q.count / q.count.sum()
             log(step, mse=train.total(result["mse"].sum()) / B, mse_noise=ddt.noise_mse,
                 commitment=train.total(result["commitment"].sum()) / B,
-                codes_used=int((use > 0.1 / len(use)).sum()) if q.active else 0,
-                perplexity=math.exp(-(use * (use + 1e-9).log()).sum()) if q.active else 0.0, **health)
+                **ddt.quantizer.usage(), **health)
             train.checkpoint(folder, ddt, optimizer, step, config, world)
     if world.is_main:
         reward.drop_rows(folder.parent / "results.json", "DDT", "SFT", "SFT + RL")

@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import ddt as tokenizer
 import reward
 import sft
 import sim
@@ -53,6 +52,7 @@ class Config:
     # data
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
     clips: int = 2000           # conditions to draw from, per scenario
+    tokenizer: str = "ddt"      # or vqgan (baselines.py)
     # rollout
     prompts: int = 8            # P, per step
     group: int = 8              # G
@@ -179,8 +179,8 @@ def losses(loss_of: nn.Module, parts: list[Rollout], R: int, results: list):
         yield results[-1]["loss"].sum() / R
 
 
-def sources(out: Path) -> dict[str, Path]:
-    return {"ddt": out / "ddt" / "model.safetensors", "sft": out / "sft" / "model.safetensors"}
+def sources(config: Config) -> dict[str, Path]:
+    return sft.tokenizer_file(config) | {"sft": Path(config.out, "sft", "model.safetensors")}
 
 
 def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -> Llama:
@@ -188,7 +188,7 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
     folder = train.writable(Path(config.out, "grpo"))
     if config.fresh:
         train.discard(folder)
-    train.made_of(folder, **sources(folder.parent))
+    train.made_of(folder, **sources(config))
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = train.adamw(policy, config)
     first = train.resume(folder, policy, optimizer, config)
@@ -242,10 +242,10 @@ def main(argv: list[str] | None = None) -> None:
     world = train.start(config.seed)
     out = train.writable(Path(config.out))
     train.occupy(out, world)
-    ddt = tokenizer.ensure(config, world)
+    ddt = sft.tokenizer(config, world)
     reference = sft.ensure(config, ddt, world).requires_grad_(False)
     if train.is_trained(out / "grpo", "model.safetensors", config, world):
-        policy = sft.load(out / "grpo", **sources(out)).to(world.device)
+        policy = sft.load(out / "grpo", **sources(config)).to(world.device)
     else:
         policy = train_grpo(config, ddt, reference, world)
     if world.is_main:

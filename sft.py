@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import ddt as tokenizer
+import ddt as tokenizers
 import reward
 import sim
 import train
@@ -48,6 +48,7 @@ class Config:
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
     clips: int = 6000           # training clips per scenario
     corrupt: float = 0.1        # share of the codes read that are replaced by random ones
+    tokenizer: str = "ddt"      # or vqgan (baselines.py)
     # model
     llm: str = ""               # folder of weights to start from (lm.py); empty: a new model of the size below
     hidden: int = 128
@@ -74,6 +75,19 @@ PRESETS = {
 EXPECTED = {"tiny": "About 11 minutes on 2 CPU cores."}
 
 # ------------------------------------------------------------------ clips as sequences
+
+
+def tokenizer(config, world: train.World) -> DDT:
+    """The tokenizer of <out> that --tokenizer names, made first if it is missing. A VQGAN has DDT's encode and decode."""
+    train.need(config.tokenizer in ("ddt", "vqgan"), f"--tokenizer {config.tokenizer}: choose ddt or vqgan")
+    if config.tokenizer == "ddt":
+        return tokenizers.ensure(config, world)
+    import baselines                        # only what compares needs it
+    return baselines.ensure(config, world)
+
+
+def tokenizer_file(config) -> dict[str, Path]:
+    return {config.tokenizer: Path(config.out, config.tokenizer, "model.safetensors")}
 
 
 @torch.no_grad()
@@ -157,7 +171,7 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
     folder = train.writable(Path(config.out, "sft"))
     if config.fresh:
         train.discard(folder)
-    train.made_of(folder, ddt=folder.parent / "ddt" / "model.safetensors")
+    train.made_of(folder, **tokenizer_file(config))
     torch.manual_seed(config.seed)
     S = 1 + FRAMES * ddt.config.queries
     V = len(ddt.quantizer.codebook)
@@ -209,8 +223,8 @@ def ensure(config, ddt: DDT, world: train.World) -> Llama:
     folder = Path(config.out, "sft")
     if not (folder / "model.safetensors").exists():
         world.say(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
-        main(train.handed_on(config))
-    report(config, ddt, model := load(folder, ddt=folder.parent / "ddt" / "model.safetensors").to(world.device), world)
+        main(train.handed_on(config) + ["--tokenizer", config.tokenizer])
+    report(config, ddt, model := load(folder, **tokenizer_file(config)).to(world.device), world)
     return model
 
 
@@ -232,9 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     world = train.start(config.seed)
     out = train.writable(Path(config.out))
     train.occupy(out, world)
-    ddt = tokenizer.ensure(config, world)
+    ddt = tokenizer(config, world)
     if train.is_trained(out / "sft", "model.safetensors", config, world):
-        model = load(out / "sft", ddt=out / "ddt" / "model.safetensors").to(world.device)
+        model = load(out / "sft", **tokenizer_file(config)).to(world.device)
     else:
         model = train_sft(config, ddt, world)
     report(config, ddt, model, world)

@@ -4,6 +4,7 @@ slows both; printed are medians.
 
     python tests/bench.py              # every section
     python tests/bench.py sim          # one of them: clips simulated a second
+    python tests/bench.py ddt          # frames a second through the tokenizer, EMA-VQ beside a brute-force one
     python tests/bench.py lm           # tokens a second of prefill, decode and training, on the GPU where there is one
 
 sim takes 10 seconds on one CPU core, lm 2 minutes on two.
@@ -188,7 +189,56 @@ def bench_lm():
             bench_training(name, model, rate, 32 if name == "tiny" or DEVICE.type == "cuda" else 4)
 
 
-SECTIONS = {"sim": bench_sim, "lm": bench_lm}
+def brute_force(q, z):
+    """What EMAVectorQuantizer does in a training step, by distances to every code and one-hot sums."""
+    def step():
+        distance = (z[:, None] - q.codebook).square().sum(-1)                        # (n, N)
+        hot = torch.nn.functional.one_hot(distance.argmin(1), len(q.codebook)).to(z.dtype)
+        q.count.lerp_(hot.sum(0), 1 - q.decay)
+        q.sum.lerp_(hot.T @ z, 1 - q.decay)
+        q.codebook.copy_(torch.nn.functional.normalize(q.sum, dim=-1))
+    return step
+
+
+def bench_ddt():
+    """ddt.py at `tiny`: frames a second and the share of the matrix rate; EMA-VQ beside a brute-force one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import ddt
+    _, rate = machine()
+    config, size = ddt.Config(), 1024 if DEVICE.type == "cuda" else 64
+    model = ddt.DDT(config, ddt.small_vae(config)).to(DEVICE)
+    frames = torch.rand(size, 3, config.size, config.size, device=DEVICE)
+    model.quantizer.fill(torch.nn.functional.normalize(torch.randn(4096, 16, device=DEVICE), dim=-1))
+    model.eval()
+    codes, u = model.encode(frames), torch.rand(size, device=DEVICE)
+
+    def train_step():
+        model.train()
+        latent = model.latent(frames)
+        model(latent, u, torch.randn_like(latent))["loss"].mean().backward()
+        model.zero_grad()
+
+    ways = {"encode": lambda: model.encode(frames), "decode, 1 call": lambda: model.decode(codes),
+            "decode, 50 steps": lambda: model.decode(codes, 50), "training step": train_step}
+    seconds = alternate(ways, 5)
+    print(f"\nbatch {size}, tiny {'frames a second':>23s} {'of the matrix rate':>20s}")
+    for name, way in ways.items():
+        for part in (model.encoder, model.quantizer, model.decoder):
+            part.requires_grad_(name == "training step")                 # the counter's hooks fail in no_grad otherwise
+        with FlopCounterMode(display=False) as counter:
+            way()
+        print(f"{name:18s} {size / seconds[name]:18,.0f} {counter.get_total_flops() / seconds[name] / rate:20.0%}")
+
+    print(f"\nEMA-VQ, ms a step\n{'vectors':>10s} {'ours':>10s} {'brute force':>12s} {'ratio':>8s}")
+    for n in (512, 16384):
+        z, q = torch.nn.functional.normalize(torch.randn(n, 16, device=DEVICE), dim=-1), model.quantizer
+        with torch.no_grad():
+            s = alternate({"ours": lambda: q.update(z, q.nearest(z)), "brute": brute_force(q, z)}, 9)
+        print(f"{n:10d} {1e3 * s['ours']:10.2f} {1e3 * s['brute']:12.2f} {s['brute'] / s['ours']:7.1f}x")
+
+
+SECTIONS = {"sim": bench_sim, "ddt": bench_ddt, "lm": bench_lm}
 
 
 def main(names):

@@ -255,7 +255,7 @@ def test_times(shift, queries):
 
 def quantizer(codes=12, dim=4, decay=0.9, active=True, width=6, tokens=4) -> EMAVectorQuantizer:
     torch.manual_seed(0)
-    model = EMAVectorQuantizer(tokens, width, codes, dim, decay)
+    model = EMAVectorQuantizer(TokenLinear(tokens, width, dim), codes, dim, decay)
     model.active.fill_(active)
     return model.train()
 

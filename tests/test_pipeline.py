@@ -17,7 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import baselines
+import ddt
+import grpo
+import sft
 from lm import Llama
+from train import Problem
 
 ROOT = Path(__file__).parent.parent
 DDT = ["--vae_steps", "4", "--vae_batch", "8", "--steps", "8", "--batch", "8", "--clips", "16",
@@ -158,10 +163,26 @@ def test_a_vae_of_diffusers(tmp_path):
     assert not (tmp_path / "vae" / "log.jsonl").exists()                          # not trained
     same(weights(tmp_path / "vae"), load_file(sd3 / "diffusion_pytorch_model.safetensors"))
     assert load_file(tmp_path / "ddt" / "model.safetensors")["decoder.latent_out.weight"].shape[0] == 16 * 2 * 2
-    other = run("ddt.py", "--out", tmp_path, *DDT, "--vae", sd1)
-    assert other.returncode == 2 and "holds another VAE" in other.stderr and "Traceback" not in other.stderr
-    none = run("ddt.py", "--out", tmp_path / "new", *DDT, "--vae", tmp_path / "nowhere")
-    assert none.returncode == 2 and "nowhere" in none.stderr and "Traceback" not in none.stderr
+    with pytest.raises(Problem, match="holds another VAE"):
+        ddt.main(["--out", str(tmp_path), *DDT, "--vae", str(sd1)])
+    with pytest.raises(Problem, match="nowhere"):
+        ddt.main(["--out", str(tmp_path / "new"), *DDT, "--vae", str(tmp_path / "nowhere")])
+
+
+def test_another_tokenizer(tmp_path):
+    """The stages run on VQGAN's tokens as on DDT's, and its file is what they are made of."""
+    vqgan = ["vqgan", "--steps", "4", "--batch", "8", "--clips", "16", "--save_every", "2", "--eval_clips", "2"]
+    baselines.main([*vqgan, "--out", str(tmp_path)])
+    for stage, args in ((sft, SFT), (grpo, GRPO)):
+        stage.main([*args, "--out", str(tmp_path), "--tokenizer", "vqgan"])
+    assert json.loads((tmp_path / "sft" / "made_of.json").read_text()).keys() == {"vqgan"}
+    assert json.loads((tmp_path / "grpo" / "made_of.json").read_text()).keys() == {"vqgan", "sft"}
+    assert load_file(tmp_path / "sft" / "tokens.safetensors")["codes"].shape == (16, 32, 16)
+    assert not (tmp_path / "ddt").exists()
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows.keys() == {"VQGAN", "SFT", "SFT + RL"}
+    with pytest.raises(Problem, match="choose ddt or vqgan"):
+        sft.main([*SFT, "--out", str(tmp_path), "--tokenizer", "words"])
 
 
 def test_ctrl_c_is_one_line(finished, tmp_path):

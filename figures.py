@@ -1,0 +1,296 @@
+"""
+The paper's tables and figures, from what a run folder holds.
+
+    python figures.py --table 4             # reconstruction: ground truth, VAE, VQGAN, DDT; Euler steps; what the codes carry
+    python figures.py --figure prefix       # reconstruction from the first k tokens
+    python figures.py --figure 5            # how tokens answer to a ball that is moved
+    python figures.py --figure 6            # how alike the tokens of near frames are
+    python figures.py --figure 7            # one frame's tokens replaced by another's, span by span
+
+Each reads the tokenizers of runs/tiny (--out), says which command makes what is missing, and writes <out>/figures/: a PNG, and
+the numbers as JSON. Table 4 goes on where it was stopped.
+
+Axes: B frames, F frames of a clip, K tokens of a frame, N codes.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import reward
+import sim
+import train
+from baselines import VQGAN
+from ddt import DDT, reconstruction
+from lm import Llama, Tokenizer
+
+
+@dataclass
+class Config:
+    preset: str = "tiny"
+    out: str = ""               # run folder; empty: runs/<preset>
+    table: int = 0              # 4
+    figure: str = ""            # prefix, 5, 6 or 7
+    clips: int = 32             # per split
+    llm: str = ""               # figures 5 and 6: folder of a text model, whose embedding of the coordinates is compared
+
+
+PRESETS = {
+    "tiny": {},
+}
+
+# ------------------------------------------------------------------ what is measured
+
+
+def tokenizers(out: Path) -> dict[str, DDT | VQGAN]:
+    """DDT and VQGAN of a run folder."""
+    for folder, command in (("ddt", "ddt.py"), ("vqgan", "baselines.py vqgan")):
+        train.need((out / folder / "model.safetensors").exists(),
+                   f"{out / folder} is missing: make it with `python {command} --out {out}`")
+    return {"VQGAN": VQGAN.load(out / "vqgan"), "DDT": DDT.load(out / "ddt")}
+
+
+def in_chunks(f: Callable[..., Tensor], *x: Tensor) -> Tensor:
+    """f over rows, 64 at a time."""
+    return torch.cat([f(*part) for part in zip(*(y.split(64) for y in x))])
+
+
+def still(n: int, scenario: str, split: str, size: int, seed: int = reward.EVAL_SEED) -> tuple[Tensor, Tensor, Tensor]:
+    """n single frames with the balls wholly in view -> frames (n, 3, H, W), positions (n, N, 2), radii (n, N)."""
+    clips = sim.sample(scenario, split, n, seed)
+    frames = sim.render(clips.position[:, :1], clips.radius, size)[:, 0]          # every clip starts in view
+    return frames, clips.position[:, 0], clips.radius
+
+
+def carried(codes: Tensor, attributes: Tensor) -> list[dict]:
+    """
+    What each token says: codes (B, K), attributes (B, A) -> per token the codes in use, their perplexity, the entropy in
+    bits, and the share of each attribute's variance that the code explains.
+    """
+    rows = []
+    for k in range(codes.shape[1]):
+        _, inverse, count = codes[:, k].unique(return_inverse=True, return_counts=True)
+        p = count / count.sum()
+        total = torch.zeros(len(count), attributes.shape[1], dtype=attributes.dtype).index_add_(0, inverse, attributes)
+        mean = total / count[:, None]
+        explained = 1 - (attributes - mean[inverse]).square().mean(0) / attributes.var(0, correction=0)
+        bits = -(p * p.log2()).sum().item()
+        rows.append({"codes": len(count), "perplexity": 2 ** bits, "bits": bits, "explained": explained.tolist()})
+    return rows
+
+
+def ball_errors(frames: Tensor, position: Tensor, radius: Tensor) -> dict[str, float]:
+    """frames (B, 3, H, W) -> median distance of the found from the true centres, median radius error, share not found."""
+    center, size, found = reward.detect(frames[:, None], radius.shape[1])         # (B, 1, N, 2), (B, 1, N) twice
+    return {"center": (center[:, 0] - position).norm(dim=-1).nanmedian().item(),
+            "radius": (size[:, 0] - radius).abs().nanmedian().item(), "missing": (~found).float().mean().item()}
+
+
+# ------------------------------------------------------------------ table 4
+
+STEPS = (4, 16, 50)
+
+
+def table4(config: Config, out: Path, folder: Path) -> str:
+    models = tokenizers(out)
+    ddt, path = models["DDT"], folder / "table4.json"
+    names, size = train.scenarios(ddt.config.scenario), ddt.config.size
+
+    def euler(n):
+        def predict(frames):
+            generator = torch.Generator().manual_seed(0)
+            return in_chunks(lambda x: ddt.decode(ddt.encode(x), n, generator), frames.flatten(0, 1)).view_as(frames)
+        return predict
+
+    rows = {"ground truth": lambda frames: frames, "VAE": reconstruction(ddt.vae), "VQGAN": reconstruction(models["VQGAN"]),
+            "DDT": reconstruction(ddt)} | {f"DDT, {n} Euler steps": euler(n) for n in STEPS}
+    stamp = {name: model.quantizer.codebook.double().sum().item() for name, model in models.items()}
+    if path.exists() and json.loads(path.read_text()).get("of") != stamp:
+        path.unlink()                                                             # other tokenizers than these
+    for row, predict in rows.items():
+        for name in names:
+            reward.add_row(path, row, predict, [name], ("iid", *sim.levels(name)), config.clips, size=size, shown=sim.FRAMES)
+    return "\n".join([reward.table(path), *(what_codes_say(model, name, kind, config) for name in names
+                                           for kind, model in models.items())])
+
+
+def what_codes_say(model: DDT | VQGAN, scenario: str, kind: str, config: Config) -> str:
+    """Per token of held-out frames: codes in use, bits, and what of positions and radii they explain."""
+    clips = sim.sample(scenario, "iid", 8 * config.clips, reward.EVAL_SEED)
+    inside, N = clips.inside.all(-1), clips.radius.shape[1]                       # (B, F)
+    frames = sim.render(clips.position, clips.radius, model.config.size)[inside]
+    attributes = torch.cat([clips.position.flatten(2), clips.radius[:, None].expand(-1, sim.FRAMES, -1)], -1)[inside]
+    labels = [f"{axis}{i + 1}" for i in range(N) for axis in "xy"] + [f"r{i + 1}" for i in range(N)]
+    codes = in_chunks(model.encode, frames)                                       # (n, K)
+    again = in_chunks(lambda c: model.encode(model.decode(c, generator=torch.Generator().manual_seed(0))), codes)
+    rows = carried(codes, attributes)
+    lines = [f"\n{scenario}, {kind}: {len(codes.unique())} codes in use, {sum(r['bits'] for r in rows):.1f} bits a frame, "
+             f"encode(decode(codes)) keeps {(again == codes).double().mean():.1%} of the codes",
+             "token   codes  perplexity    bits   variance explained: " + "  ".join(f"{label:>5s}" for label in labels)]
+    return "\n".join(lines + [f"{k + 1:5d}{r['codes']:8d}{r['perplexity']:12.1f}{r['bits']:8.2f}" + " " * 22 +
+                              "  ".join(f"{x:5.2f}" for x in r["explained"]) for k, r in enumerate(rows)])
+
+
+# ------------------------------------------------------------------ figures
+
+
+def prefix(config: Config, out: Path, folder: Path) -> str:
+    """
+    Reconstruction from the first k tokens: from pure noise, where training always shows all K; and at the time that k tokens
+    belong to, t(k / K), where the noisy frame itself helps, beside the same frame without any token.
+    """
+    ddt = tokenizers(out)["DDT"]
+    K, name = ddt.config.queries, train.scenarios(ddt.config.scenario)[0]
+    frames, position, radius = still(8 * config.clips, name, "iid", ddt.config.size)
+    latent, tokens = ddt.latent(frames), ddt.quantizer.codebook[ddt.encode(frames)]
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+
+    def measured(x: Tensor, t: float, k: int) -> tuple[dict[str, float], Tensor]:
+        def paint(x, tokens):
+            clean = ddt.decoder(x, torch.full((len(x),), t), tokens, torch.full((len(x),), k))
+            return (ddt.vae.decode(clean) / 2 + 0.5).clamp(0, 1)
+        with torch.no_grad():
+            painted = in_chunks(paint, x, tokens)
+        return ball_errors(painted, position, radius), painted[:6]
+
+    rows, pictures = [], [("truth", frames[:6])]
+    for k in range(1, K + 1):
+        t = ddt.times(torch.tensor([k / K]))[0].item()
+        noisy = t * noise + (1 - t) * latent
+        pure, painted = measured(noise, 1.0, k)
+        pictures.append((f"first {k}", painted))
+        rows.append({"k": k, "t": t, "noise": pure, "own time": measured(noisy, t, k)[0],
+                     "no tokens": measured(noisy, t, 0)[0]})
+    (folder / "prefix.json").write_text(json.dumps(rows, indent=1) + "\n")
+    sim.save_strip(folder / "prefix.png", [x for _, x in pictures], [label for label, _ in pictures], every=1)
+    chart(folder / "prefix_error.png", "tokens shown", "median centre error, units",
+          {name: [(r["k"], r[name]["center"]) for r in rows] for name in ("noise", "own time", "no tokens")})
+    kinds = {"noise": "pure noise, first k tokens", "own time": "noise of t(k), k tokens", "no tokens": "noise of t(k), no token"}
+    lines = [" " * 14 + "".join(f"{text:>27s}" for text in kinds.values()),
+             f"{'k':>5s}{'t(k)':>9s}" + f"{'centre':>9s}{'radius':>9s}{'missing':>9s}" * 3]
+    return "\n".join(lines + [f"{r['k']:5d}{r['t']:9.3f}" + "".join(
+        f"{r[kind]['center']:9.3f}{r[kind]['radius']:9.3f}{r[kind]['missing']:9.1%}" for kind in kinds) for r in rows])
+
+
+def embedders(config: Config, out: Path) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Name -> (frames (B, 3, H, W), positions (B, N, 2)) -> embeddings (B, L, D), L vectors to be compared one by one."""
+    def of_tokens(model):
+        return lambda frames, position: model.quantizer.codebook[in_chunks(model.encode, frames)]
+    found = {name: of_tokens(model) for name, model in tokenizers(out).items()}
+    if config.llm:
+        table, text = Llama.load(config.llm, torch.float32).model["embed_tokens"].weight, Tokenizer.load(config.llm)
+
+        def coordinates(frames, position):
+            ids = [text.encode(" ".join(f"{x:.2f}" for x in row), bos=False) for row in position.flatten(1).tolist()]
+            return torch.stack([table[torch.tensor(i)].mean(0, keepdim=True) for i in ids])         # (B, 1, D)
+        found["text"] = coordinates
+    return found
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Embeddings (B, L, D) twice -> mean cosine (B,)."""
+    return torch.cosine_similarity(a, b, dim=-1).mean(-1)
+
+
+def figure5(config: Config, out: Path, folder: Path) -> str:
+    """Balls are moved to the right: how alike are the tokens of before and after?"""
+    ddt = tokenizers(out)["DDT"].config
+    shifts = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0]
+    x, y, r = torch.rand(3, 4 * config.clips, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start, radius = torch.stack([1.5 + x, 2 + 6 * y], -1), 0.8 + 0.6 * r          # (B, 1, 2), (B, 1)
+    moved = [start + torch.tensor([shift, 0.0]) for shift in shifts]
+    curves = {}
+    for name, embed in embedders(config, out).items():
+        embedded = [embed(sim.render(p[:, None], radius, ddt.size)[:, 0], p) for p in moved]
+        curves[name] = [(shift, similarity(embedded[0], e).mean().item()) for shift, e in zip(shifts, embedded)]
+    (folder / "figure5.json").write_text(json.dumps(curves, indent=1) + "\n")
+    chart(folder / "figure5.png", "ball moved by, units", "similarity of the embeddings", curves)
+    return columns("moved by", curves)
+
+
+def figure6(config: Config, out: Path, folder: Path) -> str:
+    """Frames of one clip, g apart: how alike are their tokens?"""
+    ddt = tokenizers(out)["DDT"].config
+    clips = sim.sample(train.scenarios(ddt.scenario)[0], "iid", config.clips, reward.EVAL_SEED)
+    frames, both = sim.render(clips.position, clips.radius, ddt.size), clips.inside.all(-1)         # (B, F)
+    curves = {}
+    for name, embed in embedders(config, out).items():
+        e = embed(frames.flatten(0, 1), clips.position.flatten(0, 1)).unflatten(0, both.shape)      # (B, F, L, D)
+        curves[name] = []
+        for gap in range(1, 11):
+            pairs = both[:, :-gap] & both[:, gap:]                                                  # (B, F - gap)
+            curves[name].append((gap, similarity(e[:, :-gap][pairs], e[:, gap:][pairs]).mean().item()))
+    (folder / "figure6.json").write_text(json.dumps(curves, indent=1) + "\n")
+    chart(folder / "figure6.png", "frames apart", "similarity of the embeddings", curves)
+    return columns("frames apart", curves)
+
+
+def figure7(config: Config, out: Path, folder: Path) -> str:
+    """Counterfactual interpolation: the first m tokens of one frame, the rest of another."""
+    models, rows, labels = tokenizers(out), [], []
+    ddt = models["DDT"].config
+    names = train.scenarios(ddt.scenario)
+    frames, _, _ = still(4, names[0], "iid", ddt.size, seed=5)
+    for a, b in ((0, 1), (2, 3)):
+        for name, model in models.items():
+            codes, K = model.encode(frames), model.config.queries
+            shares = [K * i // 8 for i in range(9)]
+            mixed = torch.stack([torch.cat([codes[b, :m], codes[a, m:]]) for m in shares])
+            painted = model.decode(mixed, generator=torch.Generator().manual_seed(0))
+            rows.append(torch.cat([frames[a:a + 1], painted, frames[b:b + 1]]))
+            labels.append(name)
+    sim.save_strip(folder / "figure7.png", rows, labels, every=1, pixels=64)
+    return "left: a frame; then its reconstruction, with 1/8, 2/8, ... of its tokens replaced by those of the frame on the right"
+
+
+def columns(head: str, curves: dict[str, list[tuple[float, float]]]) -> str:
+    lines = [f"{head:>14s}" + "".join(f"{name:>10s}" for name in curves)]
+    return "\n".join(lines + [f"{points[0][0]:14.2f}" + "".join(f"{y:10.3f}" for _, y in points)
+                              for points in zip(*curves.values())])
+
+
+COLORS = ((200, 40, 40), (40, 80, 200), (30, 140, 60), (150, 90, 20), (120, 60, 160))
+
+
+def chart(path: Path, x_label: str, y_label: str, curves: dict[str, list[tuple[float, float]]], width=640, height=400) -> None:
+    """Curves {name: [(x, y), ...]} as a PNG, axes from 0."""
+    x_max = max(x for points in curves.values() for x, _ in points)
+    y_max = 1.05 * max([y for points in curves.values() for _, y in points if math.isfinite(y)], default=1.0)
+    left, right, top, bottom = 60, width - 20, 30, height - 45
+    place = lambda x, y: (left + (right - left) * x / x_max, bottom - (bottom - top) * y / y_max)
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.line([place(0, y_max), place(0, 0), place(x_max, 0)], fill="black")
+    for i in range(6):
+        x, y = place(x_max * i / 5, 0), place(0, y_max * i / 5)
+        draw.text((x[0] - 12, bottom + 6), f"{x_max * i / 5:.3g}", fill="black")
+        draw.text((8, y[1] - 6), f"{y_max * i / 5:.2g}", fill="black")
+        draw.line([y, place(x_max, y_max * i / 5)], fill=(225, 225, 225))
+    draw.text((left + (right - left) / 2 - 3 * len(x_label), height - 20), x_label, fill="black")
+    draw.text((8, 8), y_label, fill="black")
+    for i, (name, points) in enumerate(curves.items()):
+        color = COLORS[i % len(COLORS)]
+        draw.line([place(x, y) for x, y in points if math.isfinite(y)], fill=color, width=2)      # NaN: no ball found
+        draw.text((right - 90, top + 14 * i), name, fill=color)
+    picture.save(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = train.parse(Config, PRESETS, argv)
+    what = {"table 4": table4, "figure prefix": prefix, "figure 5": figure5, "figure 6": figure6, "figure 7": figure7}
+    asked = f"figure {config.figure}" if config.figure else f"table {config.table}"
+    train.need(asked in what, f"there is no {asked}: choose --table 4 or --figure prefix, 5, 6, 7")
+    out = Path(config.out)
+    tokenizers(out)                                                               # or the line that says what is missing
+    folder = train.writable(out / "figures")
+    print(what[asked](config, out, folder))
+    print(f"\n{folder}/")
+
+
+if __name__ == "__main__":
+    train.cli(main)

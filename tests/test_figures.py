@@ -1,0 +1,96 @@
+"""
+Tables and figures: what they measure, and the commands on two small tokenizers.
+
+    pytest tests/test_figures.py
+"""
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+import figures
+from baselines import VQGAN, VQGANConfig
+from ddt import DDT, VAE, Config
+from train import Problem
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A run folder with untrained tokenizers whose codebooks are filled from pictures."""
+    folder, x = tmp_path_factory.mktemp("run"), torch.rand(40, 3, 16, 16, generator=seeded())
+    torch.manual_seed(0)
+    vae = VAE({"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 3, "norm_num_groups": 4,
+               "scaling_factor": 1.0, "use_quant_conv": False, "use_post_quant_conv": False})
+    ddt = DDT(Config(size=16, queries=4, image_width=16, query_width=32, encoder_layers=2, width=32, layers=2, heads=2), vae)
+    vqgan = VQGAN(VQGANConfig(size=16, width=8, levels=3))
+    with torch.no_grad():
+        ddt.quantizer.fill(ddt.quantizer.vectors(ddt.encoder(ddt.latent(x))).flatten(0, 1))
+        vqgan.quantizer.fill(vqgan.quantizer.vectors(vqgan.vectors(x)).flatten(0, 1))
+    ddt.save(folder / "ddt")
+    vqgan.save(folder / "vqgan")
+    return folder
+
+
+@pytest.mark.parametrize("flags, files", [
+    (["--table", "4"], ["table4.json"]), (["--figure", "prefix"], ["prefix.json", "prefix.png", "prefix_error.png"]),
+    (["--figure", "5"], ["figure5.json", "figure5.png"]), (["--figure", "6"], ["figure6.json", "figure6.png"]),
+    (["--figure", "7"], ["figure7.png"])], ids=lambda x: " ".join(x))
+def test_commands(out, flags, files, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "STEPS", (2,))
+    figures.main(["--out", str(out), "--clips", "2", *flags])
+    assert len(capsys.readouterr().out.splitlines()) > 2
+    for name in files:
+        path = out / "figures" / name
+        if name.endswith("png"):
+            assert Image.open(path).getextrema() != ((255, 255),) * 3
+        else:
+            json.loads(path.read_text())
+
+
+def test_what_is_missing_is_named(out, tmp_path):
+    with pytest.raises(Problem, match="ddt.py"):
+        figures.main(["--out", str(tmp_path), "--table", "4"])
+    with pytest.raises(Problem, match="no table 9"):
+        figures.main(["--out", str(out), "--table", "9"])
+
+
+def test_carried():
+    """A code that is the attribute carries all of it; one that is a coin's toss, one bit and none of it."""
+    x = torch.arange(8.0).repeat(50)
+    coin = torch.randint(2, (400,), generator=seeded())
+    one, other, constant = figures.carried(torch.stack([x.long(), coin, torch.zeros(400).long()], 1), x[:, None])
+    assert one["codes"] == 8 and one["bits"] == pytest.approx(3) and one["perplexity"] == pytest.approx(8)
+    assert one["explained"] == pytest.approx([1])
+    assert other["codes"] == 2 and other["bits"] == pytest.approx(1, abs=0.01) and abs(other["explained"][0]) < 0.02
+    assert constant == {"codes": 1, "perplexity": 1, "bits": 0, "explained": [pytest.approx(0, abs=1e-6)]}
+
+
+def test_ball_errors():
+    frames, position, radius = figures.still(6, "collision", "iid", 64)
+    assert frames.shape == (6, 3, 64, 64) and position.shape == (6, 2, 2)
+    right = figures.ball_errors(frames, position, radius)
+    assert right["center"] < 0.01 and right["radius"] < 0.01 and right["missing"] == 0
+    wrong = figures.ball_errors(frames, position + torch.tensor([0.3, 0.4]), radius - 0.2)
+    assert wrong["center"] == pytest.approx(0.5, abs=0.01) and wrong["radius"] == pytest.approx(0.2, abs=0.01)
+    white = figures.ball_errors(torch.ones_like(frames), position, radius)
+    assert white["missing"] == 1 and math.isnan(white["center"])
+
+
+def test_similarity():
+    a = torch.randn(3, 4, 5, generator=seeded())
+    torch.testing.assert_close(figures.similarity(a, 3 * a), torch.ones(3))
+    torch.testing.assert_close(figures.similarity(a, -a), -torch.ones(3))
+
+
+def test_chart(tmp_path):
+    """The curve is where its points are: a red pixel at the top right end, none at the bottom right."""
+    figures.chart(tmp_path / "chart.png", "x", "y", {"line": [(0, 0), (1, 1)]}, width=640, height=400)
+    picture = Image.open(tmp_path / "chart.png")
+    red = [(x, y) for x in range(600, 640) for y in range(45, 400) if picture.getpixel((x, y)) == (200, 40, 40)]
+    assert red and max(y for _, y in red) < 80
