@@ -21,6 +21,7 @@ import baselines
 import ddt
 import grpo
 import sft
+import sim
 from lm import Llama
 from train import Problem
 
@@ -156,10 +157,10 @@ def test_sft_starts_from_given_weights(finished, tmp_path):
     assert missing.returncode == 2 and "config.json" in missing.stderr and "\n" not in missing.stderr.strip()
 
 
-def test_a_vae_of_diffusers(tmp_path):
+def test_a_vae_of_diffusers(tmp_path, monkeypatch):
     sd1, sd3 = (ROOT / "tests" / "fixtures" / name for name in ("vae-sd1", "vae-sd3"))
-    result = run("ddt.py", "--out", tmp_path, *DDT, "--vae", sd3)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(sim, "SHOWN", ("iid",))
+    ddt.main(["--out", str(tmp_path), *DDT, "--vae", str(sd3)])
     assert not (tmp_path / "vae" / "log.jsonl").exists()                          # not trained
     same(weights(tmp_path / "vae"), load_file(sd3 / "diffusion_pytorch_model.safetensors"))
     assert load_file(tmp_path / "ddt" / "model.safetensors")["decoder.latent_out.weight"].shape[0] == 16 * 2 * 2
@@ -169,9 +170,10 @@ def test_a_vae_of_diffusers(tmp_path):
         ddt.main(["--out", str(tmp_path / "new"), *DDT, "--vae", str(tmp_path / "nowhere")])
 
 
-def test_another_tokenizer(tmp_path):
+def test_another_tokenizer(tmp_path, monkeypatch):
     """The stages run on VQGAN's tokens as on DDT's, and its file is what they are made of."""
     vqgan = ["vqgan", "--steps", "4", "--batch", "8", "--clips", "16", "--save_every", "2", "--eval_clips", "2"]
+    monkeypatch.setattr(sim, "SHOWN", ("iid",))                                   # one split to evaluate, for time
     baselines.main([*vqgan, "--out", str(tmp_path)])
     for stage, args in ((sft, SFT), (grpo, GRPO)):
         stage.main([*args, "--out", str(tmp_path), "--tokenizer", "vqgan"])
