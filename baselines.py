@@ -46,6 +46,7 @@ class VQGANConfig:
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
     clips: int = 6000           # training clips (32 frames each) per scenario
     size: int = 32              # pixels
+    shown_weight: int = 7       # as for DDT
     # model
     width: int = 16             # channels of the first level; the others have twice as many
     levels: int = 4             # resolutions: 4 -> a grid 8 times smaller than the picture

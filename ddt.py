@@ -72,12 +72,13 @@ class Config:
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
     clips: int = 6000           # training clips (32 frames each) per scenario
     size: int = 32              # pixels
+    shown_weight: int = 7       # the first 3 frames of a clip, where its speed is read, are drawn so many times as often
     # VAE
     vae: str = ""               # folder of a trained one in diffusers' layout; empty: train the small one described here
     vae_width: int = 16         # channels of the first level; the others have twice as many
     vae_levels: int = 3         # resolutions: 3 -> 4 times smaller, 4 -> 8 times
     vae_latent: int = 4         # latent channels
-    vae_steps: int = 600
+    vae_steps: int = 300
     vae_batch: int = 64
     vae_lr: float = 2e-3
     # tokenizer
@@ -97,7 +98,7 @@ class Config:
     commitment: float = 0.25
     spread: float = 0.02        # weight of `crowding`, once that error is below noise_below
     # optimization
-    steps: int = 4000
+    steps: int = 3600
     batch: int = 64
     lr: float = 1.5e-3
     warmup: int = 800           # long: with 100 steps to 2e-3 the plateau took 900 to 1500 steps, so it takes 500
@@ -109,10 +110,20 @@ class Config:
     eval_clips: int = 32        # per split of the reconstruction table; each is 32 frames
 
 
+# `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, so that a VAE which shrinks 8
+# times leaves 256 latent vectors at patch 1 (1024 are those of 256 x 256); and the encoder is 128 wide for the latent and
+# 256 for the queries ("latent dimension 128", yet tokens of 256). No gradient clipping is stated. Parameters: VAE 83.8M
+# (SD3's, --vae), encoder 12.5M, decoder 111.1M; `small`: 1.3M, 6.2M, 41.3M; `tiny`: 0.24M, 0.76M, 2.27M.
 PRESETS = {
     "tiny": {},
+    "small": dict(scenario="all", clips=20000, size=128, vae_width=32, vae_levels=4, vae_latent=8, vae_steps=2000, vae_batch=128,
+                  vae_lr=1e-3, queries=16, image_width=128, query_width=256, encoder_layers=6, width=384, layers=8, heads=8,
+                  steps=8000, batch=256, lr=8e-4, warmup=1000, eval_clips=64),
+    "paper": dict(scenario="all", clips=3_000_000, size=128, queries=16, patch=1, image_width=128, query_width=256,
+                  encoder_layers=12, width=512, layers=12, heads=8, steps=140_000, batch=1024, lr=1e-4, warmup=5000, clip=0.0,
+                  eval_clips=1000),
 }
-EXPECTED = {"tiny": "About 11 minutes on 2 CPU cores (VAE 1.5, DDT 9)."}
+EXPECTED = {"tiny": "About 9 minutes on 2 CPU cores (VAE 1, DDT 8).", "small": "Not run yet.", "paper": "Not run yet."}
 
 # ------------------------------------------------------------------ VAE (diffusers' AutoencoderKL)
 
@@ -369,7 +380,7 @@ class EMAVectorQuantizer(nn.Module):
 
     def vectors(self, x: Tensor) -> Tensor:
         """Encoder outputs (B, K, D) -> unit vectors (B, K, dim)."""
-        return F.normalize(self.norm(self.project(x)).float(), dim=-1)
+        return F.normalize(self.norm(self.project(x.float())), dim=-1)
 
     def nearest(self, z: Tensor) -> Tensor:
         """Unit vectors (..., dim) -> index of the most similar code (...)."""
@@ -695,12 +706,16 @@ def millions(model: nn.Module) -> str:
 
 
 class Frames:
-    """Single frames of training clips, painted when they are asked for. Index i is frame i % 32 of clip i // 32."""
+    """
+    Single frames of training clips, painted when they are asked for. Index i is frame order[i % len(order)] of clip
+    i // len(order); the first 3 frames, which a predictor is shown, are in `order` shown_weight times.
+    """
 
     def __init__(self, config: Config, device):
         self.size, self.device = config.size, device
         self.clips = [sim.sample(s, "pretrain", config.clips, config.seed) for s in train.scenarios(config.scenario)]
-        self.n = [len(c) * sim.FRAMES for c in self.clips]
+        self.order = torch.tensor([*range(sim.CONDITION)] * (config.shown_weight - 1) + [*range(sim.FRAMES)])
+        self.n = [len(c) * len(self.order) for c in self.clips]
 
     def __len__(self) -> int:
         return sum(self.n)
@@ -709,8 +724,8 @@ class Frames:
         frames, first = torch.empty(len(index), 3, self.size, self.size, device=self.device), 0
         for clips, n in zip(self.clips, self.n):
             rows = ((index >= first) & (index < first + n)).nonzero()[:, 0]
-            clip, frame = (index[rows] - first) // sim.FRAMES, (index[rows] - first) % sim.FRAMES
-            position = clips.position[clip, frame][:, None].to(self.device)       # (b, 1, N, 2)
+            clip, place = (index[rows] - first) // len(self.order), (index[rows] - first) % len(self.order)
+            position = clips.position[clip, self.order[place]][:, None].to(self.device)       # (b, 1, N, 2)
             if len(rows):
                 frames[rows] = sim.render(position, clips.radius[clip].to(self.device), self.size)[:, 0]
             first += n
@@ -746,7 +761,8 @@ def train_vae(config: Config, world: train.World) -> VAE:
             frames = data[world.share(train.rows(c.seed, step, c.batch, len(data)))]
             side = c.size // vae.shrink
             noise = torch.randn(c.batch, c.vae_latent, side, side, generator=train.generator(c.seed, step))
-            mse, kl = model(2 * frames - 1, world.share(noise).to(world.device))
+            with world.autocast():
+                mse, kl = model(2 * frames - 1, world.share(noise).to(world.device))
             loss = (mse + 1e-6 * kl).sum() / c.batch
             log(step, mse=train.total(mse.sum()) / c.batch, kl=train.total(kl.sum()) / c.batch,
                 **train.update(model, optimizer, [loss], step, c))
@@ -800,12 +816,14 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     world.say(f"DDT: {millions(ddt.encoder)} parameters encoder, {millions(ddt.decoder)} decoder, "
               f"{config.steps} steps of {config.batch} frames")
     data = Frames(config, world.device)
+    world.compile(ddt.encoder, ddt.decoder)
     model = train.distribute(ddt, world)
     B, device = config.batch, world.device
     with train.Log(folder, first, config, world, show=("mse", "mse_noise", "codes_used")) as log:
         for step in range(first, config.steps):
             model.train()
-            x0 = ddt.latent(data[world.share(train.rows(config.seed, step, B, len(data)))])
+            with world.autocast():
+                x0 = ddt.latent(data[world.share(train.rows(config.seed, step, B, len(data)))]).float()
             generator = train.generator(config.seed, step)
             u = torch.rand(B, generator=generator)
             u = torch.where(torch.rand(B, generator=generator) < config.pure_noise, 1.0, u)
@@ -818,7 +836,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                 with torch.no_grad():
                     z = ddt.quantizer.vectors(ddt.encoder(ddt.latent(data[rows])))
                 ddt.quantizer.fill(z.flatten(0, 1))
-            result = model(x0, u, noise, token_noise)
+            with world.autocast():
+                result = model(x0, u, noise, token_noise)
             health = train.update(model, optimizer, [result["loss"].sum() / B], step, config)
             pure = u == 1
             at_noise = train.total(torch.stack([result["mse"][pure].sum(), pure.sum()]))
@@ -898,6 +917,9 @@ def main(argv: list[str] | None = None) -> None:
     config = c = train.parse(Config, PRESETS, argv)
     train.scenarios(c.scenario)
     shrink = 2 ** (c.vae_levels - 1) * c.patch
+    has_vae = Path(c.out, "vae", VAE_WEIGHTS).exists() and not c.fresh
+    train.need(c.preset != "paper" or c.vae or has_vae, "the paper's tokenizer stands on a pre-trained VAE: name the folder "
+               "of one with --vae, such as `vae` of stable-diffusion-3-medium-diffusers (python ddt.py --preset paper --vae DIR)")
     train.need(0 <= c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
     train.need(c.token_noise >= 0, f"--token_noise {c.token_noise}: a standard deviation, at least 0")
     train.need(c.vae or c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, what VAE and patches shrink it by")
@@ -914,7 +936,7 @@ def main(argv: list[str] | None = None) -> None:
         Path(out, "ddt", "reconstruction.png").unlink(missing_ok=True)
     if c.vae:
         vae = foreign_vae(c, world)
-    elif (out / "vae" / VAE_WEIGHTS).exists():
+    elif has_vae:
         vae = VAE.load(out / "vae").to(world.device)
     else:
         vae = train_vae(c, world)

@@ -64,7 +64,7 @@ class Config:
     # optimization
     updates: int = 1            # per rollout
     micro: int = 32             # rollouts per backward pass: 64 at once take the CPU 1.5 to 3 times as long
-    steps: int = 60
+    steps: int = 50
     lr: float = 1e-4
     warmup: int = 5
     beta1: float = 0.9

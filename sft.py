@@ -57,7 +57,7 @@ class Config:
     heads: int = 4
     kv_heads: int = 2
     # optimization
-    steps: int = 2400
+    steps: int = 2200
     batch: int = 16             # twice the steps of 32 clips learn more in the same time
     lr: float = 1.5e-3
     warmup: int = 50

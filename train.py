@@ -155,6 +155,15 @@ class World:
             raise Problem(f"a batch of {n} cannot be shared by {self.size} ranks: use fewer ranks or a larger batch")
         return x[n * self.rank // self.size: n * (self.rank + 1) // self.size]
 
+    def autocast(self):
+        """Matrix products in bf16 on a GPU; fp32 on the CPU, where many have no bf16."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def compile(self, *modules: nn.Module) -> None:
+        """torch.compile in place on a GPU, where small models are bound by launches. (A CPU would need a C++ compiler.)"""
+        for module in modules if self.device.type == "cuda" else ():
+            module.compile()
+
     def say(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import sim
 import train
-from ddt import DDT, VAE, Config, EMAVectorQuantizer, MMDiT, TokenLinear, crowding, patchify, unpatchify
+from ddt import DDT, PRESETS, VAE, Config, EMAVectorQuantizer, Frames, MMDiT, TokenLinear, crowding, patchify, unpatchify
 from ddt import VAE_WEIGHTS as WEIGHTS
+from ddt import small_vae as autoencoder
 from train import Problem
 
 SIZE, K, CELLS = 16, 5, 8                   # pixels a side, tokens, latent cells a side
@@ -311,7 +313,7 @@ def test_ema_updates_against_a_plain_loop():
         by_hand.update(z.tolist(), expected, random_vectors)
         for name in ("codebook", "count", "sum"):
             expected = torch.tensor(getattr(by_hand, name))
-            torch.testing.assert_close(getattr(q, name), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(getattr(q, name), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(q.codebook.norm(dim=-1), torch.ones(12), rtol=0, atol=1e-6)
     assert q.updates == 50 and 10 < by_hand.revived < 300
 
@@ -524,6 +526,86 @@ def test_training_loss(ddt):
     torch.testing.assert_close(tokens, ddt.quantizer.codebook[result["codes"]])
     torch.testing.assert_close(result["mse"], offset.square())
     torch.testing.assert_close(result["loss"], offset.square() + ddt.config.commitment * result["commitment"])
+
+
+class MixtureOracle(nn.Module):
+    """The best decoder for cells that are each drawn from a mixture of two Gaussians: E[x_0 | x_t], in closed form."""
+    weight, mean, std = torch.tensor([0.3, 0.7]), torch.tensor([-1.5, 1.0]), torch.tensor([0.2, 0.4])
+
+    def forward(self, x, t, tokens, k):
+        t = t[:, None, None, None, None]
+        x, v = x[..., None], (1 - t) ** 2 * self.std ** 2 + t ** 2              # of x_t, given the component
+        off = x - (1 - t) * self.mean
+        share = (self.weight.log() - v.log() / 2 - off ** 2 / (2 * v)).softmax(-1)
+        return (share * (self.mean + (1 - t) * self.std ** 2 / v * off)).sum(-1)
+
+
+@torch.no_grad()
+def test_euler_steps_sample_a_mixture(ddt):
+    """200 steps draw from the distribution; one gives its mean."""
+    ddt.decoder = oracle = MixtureOracle()
+    tokens, noise = torch.zeros(4, K, 16), torch.randn(4, 25, 40, 40, generator=seeded())
+    mean = (oracle.weight * oracle.mean).sum().item()
+    variance = (oracle.weight * (oracle.std ** 2 + oracle.mean ** 2)).sum().item() - mean ** 2
+    torch.testing.assert_close(ddt.sample(tokens, noise, 1), torch.full_like(noise, mean))
+    x = ddt.sample(tokens, noise, 200)
+    assert x.mean() == pytest.approx(mean, abs=0.02) and x.var() == pytest.approx(variance, rel=0.02)
+    left = x < -0.4
+    assert left.float().mean() == pytest.approx(0.3, abs=0.02)
+    assert x[left].std() == pytest.approx(0.2, rel=0.1) and x[~left].std() == pytest.approx(0.4, rel=0.1)
+
+
+def test_the_loss_is_that_of_the_velocity_times_t_squared(ddt):
+    """|x^_0 - x_0|^2 = t^2 |v^ - v|^2: the flow's velocity is v = eps - x_0, and v^ = (x_t - x^_0) / t."""
+    clean, noise, guess = torch.randn(3, 4, 3, CELLS, CELLS, generator=seeded())
+    ddt.decoder = Oracle(guess)
+    u = torch.tensor([0.1, 0.3, 0.8, 1.0])
+    mse = ddt(clean, u, noise)["mse"]
+    (x_t, t, _, _), = ddt.decoder.asked
+    t = t[:, None, None, None]
+    velocity = ((x_t - guess) / t - (noise - clean)).square()
+    torch.testing.assert_close(mse, (t ** 2 * velocity).mean((1, 2, 3)))
+
+
+# ------------------------------------------------------------------ presets
+
+
+def parameters_of_a_stream(width, inner, condition=0, last=False):
+    attention = width * 3 * inner + 3 * inner + (0 if last else inner * width + width)
+    mlp = 0 if last else 2 * 4 * width * width + 5 * width
+    shifts = (2 if last else 6) * width
+    return attention + mlp + (shifts * (condition + 1) if condition else (2 if last else 4) * width)
+
+
+@pytest.mark.parametrize("preset, millions", [("tiny", (0.242, 0.755, 2.265)), ("small", (1.258, 6.168, 41.317)),
+                                              ("paper", (83.820, 12.489, 111.101))])
+def test_presets_have_the_parameters_the_comment_says(preset, millions):
+    c = Config(**{"preset": preset} | PRESETS[preset])
+    with torch.device("meta"):
+        vae = autoencoder(c) if preset != "paper" else small_vae(
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16, norm_num_groups=32)
+        model = DDT(c, vae)
+    count = [sum(p.numel() for p in part.parameters()) for part in (model.vae, model.encoder, model.decoder)]
+    assert [round(n / 1e6, 3) for n in count] == list(millions)
+
+    P, K, Q, I, D = vae.config["latent_channels"] * c.patch ** 2, c.queries, c.query_width, c.image_width, c.width
+    assert count[1] == (P + 1) * I + K * Q + 2 * Q + (c.encoder_layers - 1) * parameters_of_a_stream(I, Q) \
+        + parameters_of_a_stream(I, Q, last=True) + c.encoder_layers * parameters_of_a_stream(Q, Q)
+    assert count[2] == (P + 1) * D + K * 17 * D + K * D + 257 * D + (D + 1) * D + (D + 1) * 2 * D + (D + 1) * P \
+        + (2 * c.layers - 1) * parameters_of_a_stream(D, D, D) + parameters_of_a_stream(D, D, D, last=True)
+    assert len(model.encoder.position) == len(model.decoder.position) == {"tiny": 16, "small": 64, "paper": 256}[preset]
+
+
+@torch.no_grad()
+def test_first_frames_are_drawn_more_often():
+    data = Frames(Config(clips=3, shown_weight=5, size=16), "cpu")
+    assert len(data) == 3 * (32 + 4 * 3)
+    clips = sim.sample("uniform", "pretrain", 3, 0)
+    painted = sim.render(clips.position, clips.radius, 16)                          # (3, 32, 3, 16, 16)
+    all_frames = data[torch.arange(len(data))].unflatten(0, (3, 44))
+    for clip in range(3):
+        times = [sum(torch.equal(f, painted[clip, i]) for f in all_frames[clip]) for i in range(32)]
+        assert times == [5, 5, 5] + [1] * 29
 
 
 # ------------------------------------------------------------------ frames <-> codes
