@@ -46,7 +46,6 @@ class VQGANConfig:
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
     clips: int = 6000           # training clips (32 frames each) per scenario
     size: int = 32              # pixels
-    shown_weight: int = 7       # as for DDT
     # model
     width: int = 16             # channels of the first level; the others have twice as many
     levels: int = 4             # resolutions: 4 -> a grid 8 times smaller than the picture
@@ -100,11 +99,15 @@ class VQGAN(nn.Module):
         x = rearrange(tokens, "b (h w) d -> b d h w", h=self.config.side)
         return self.decoder(x) / 2 + 0.5                                          # (B, 3, H, W)
 
-    def forward(self, frames: Tensor) -> dict[str, Tensor]:
-        """frames (B, 3, H, W) in [0, 1] -> {loss, mse (in units of the pictures' variance), commitment (B,)}."""
-        tokens, _, commitment, _ = self.quantizer(self.vectors(frames))
-        mse = (self.paint(tokens) - frames).square().mean((1, 2, 3)) / frames.var()
-        return {"loss": mse + self.config.commitment * commitment, "mse": mse, "commitment": commitment}
+    def forward(self, frames: Tensor, variance: Tensor) -> dict[str, Tensor]:
+        """
+        frames (B, 3, H, W) in [0, 1], their variance -> {loss, mse (in units of it), commitment (B,); codes (B, K), vectors
+        (B, K, 16)}.
+        """
+        tokens, codes, commitment, z = self.quantizer(self.vectors(frames))
+        mse = (self.paint(tokens) - frames).square().mean((1, 2, 3)) / variance
+        return {"loss": mse + self.config.commitment * commitment, "mse": mse, "commitment": commitment, "codes": codes,
+                "vectors": z.detach()}
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
@@ -144,23 +147,21 @@ def train_vqgan(config: VQGANConfig, world: train.World) -> VQGAN:
     folder = train.writable(Path(config.out, "vqgan"))
     torch.manual_seed(config.seed)
     vqgan = VQGAN(config).to(world.device)
-    optimizer = train.adamw(vqgan, config)
-    first = train.resume(folder, vqgan, optimizer, config)
     world.say(f"VQGAN: {millions(vqgan)} parameters, {config.queries} tokens a frame, {config.steps} steps of {config.batch} frames")
     data, q = Frames(config, world.device), vqgan.quantizer
     model = train.distribute(vqgan, world)
-    with train.Log(folder, first, config, world, show=("mse", "codes_used")) as log:
-        for step in range(first, config.steps):
+    variance = data[train.rows(config.seed, 0, 512, len(data))].var()
+    with train.Run(folder, vqgan, config, world, show=("mse", "codes_used")) as run:
+        for step in run:
             model.train()
             if step >= config.quantize_at * config.steps and not q.active:
                 rows = world.share(train.rows(config.seed, step, 16 * config.batch, len(data)))
                 with torch.no_grad():
                     q.fill(q.vectors(vqgan.vectors(data[rows])).flatten(0, 1))
-            result = model(data[world.share(train.rows(config.seed, step, config.batch, len(data)))])
-            health = train.update(model, optimizer, [result["loss"].sum() / config.batch], step, config)
-            log(step, **{name: train.total(result[name].sum()) / config.batch for name in ("mse", "commitment")},
-                **q.usage(), **health)
-            train.checkpoint(folder, vqgan, optimizer, step, config, world)
+            result = model(data[world.share(train.rows(config.seed, step, config.batch, len(data)))], variance)
+            if run.update(model, [result["loss"].sum() / config.batch]):
+                q.update(result["vectors"].flatten(0, 1), result["codes"].flatten())
+            run.log(**{name: train.total(result[name].sum()) / config.batch for name in ("mse", "commitment")}, **q.usage())
     if world.is_main:
         reward.drop_rows(folder.parent / "results.json", "VQGAN", "SFT", "SFT + RL")
     train.finish(folder, vqgan.save, config, vqgan, world)

@@ -46,7 +46,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -68,21 +68,24 @@ class Config:
     seed: int = 0
     fresh: bool = False         # start over, ignoring checkpoints
     save_every: int = 200       # steps between checkpoints
+    plan: bool = False          # print what the run would need, and end
+    world: int = 0              # ... on so many ranks; 0: as many as there are now
     # data
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
     clips: int = 6000           # training clips (32 frames each) per scenario
     size: int = 32              # pixels
-    shown_weight: int = 7       # the first 3 frames of a clip, where its speed is read, are drawn so many times as often
     # VAE
     vae: str = ""               # folder of a trained one in diffusers' layout; empty: train the small one described here
     vae_width: int = 16         # channels of the first level; the others have twice as many
     vae_levels: int = 3         # resolutions: 3 -> 4 times smaller, 4 -> 8 times
     vae_latent: int = 4         # latent channels
-    vae_steps: int = 300
+    vae_steps: int = 600
     vae_batch: int = 64
     vae_lr: float = 2e-3
     # tokenizer
     queries: int = 8            # K
+    code_dim: int = 16
+    order: str = "forward"      # of the codes that encode gives and decode takes: V_1 first, or "reverse"
     patch: int = 2              # latent cells a side that make one vector of the transformers
     image_width: int = 64       # encoder, latent stream
     query_width: int = 128      # encoder, query stream
@@ -98,8 +101,9 @@ class Config:
     commitment: float = 0.25
     spread: float = 0.02        # weight of `crowding`, once that error is below noise_below
     # optimization
-    steps: int = 3600
+    steps: int = 4000
     batch: int = 64
+    micro: int = 0              # frames per backward pass and rank, here and in the VAE's training; 0: all at once
     lr: float = 1.5e-3
     warmup: int = 800           # long: with 100 steps to 2e-3 the plateau took 900 to 1500 steps, so it takes 500
     beta1: float = 0.9
@@ -123,7 +127,7 @@ PRESETS = {
                   encoder_layers=12, width=512, layers=12, heads=8, steps=140_000, batch=1024, lr=1e-4, warmup=5000, clip=0.0,
                   eval_clips=1000),
 }
-EXPECTED = {"tiny": "About 9 minutes on 2 CPU cores (VAE 1, DDT 8).", "small": "Not run yet.", "paper": "Not run yet."}
+EXPECTED = {"tiny": "About 11 minutes on 2 CPU cores (VAE 2, DDT 9).", "small": "Not run yet.", "paper": "Not run yet."}
 
 # ------------------------------------------------------------------ VAE (diffusers' AutoencoderKL)
 
@@ -350,13 +354,12 @@ def of_all_ranks(x: Tensor) -> Tensor:
     return over_ranks(rows)
 
 
-def crowding(z: Tensor) -> Tensor:
+def crowding(z: Tensor, others: Tensor) -> Tensor:
     """
-    How near each row's unit vectors z (B, K, dim) are to those of the same token in the other rows, of all ranks -> (B,):
+    How near each row's unit vectors z (B, K, dim) are to those of the same token in the others (A, K, dim) -> (B,):
     log of the mean of exp(-2 d^2) over their distances d (uniformity, Wang and Isola 2020), mean over tokens. 0: all
     vectors are one. The gradient pushes a row away from where the others are.
     """
-    others = of_all_ranks(z)                                                  # (A, K, dim)
     similarity = torch.einsum("bkd,akd->bka", z, others)                      # d^2 = 2 - 2 similarity
     return ((4 * similarity - 4).logsumexp(-1) - math.log(len(others))).mean(-1)
 
@@ -388,24 +391,24 @@ class EMAVectorQuantizer(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
-        x (B, K, D) -> vectors for the decoder (B, K, dim), codes (B, K), commitment loss and crowding per row (B,).
+        x (B, K, D) -> vectors for the decoder (B, K, dim), codes (B, K), commitment loss per row (B,), and the unit vectors
+        (B, K, dim) that `update` is given with the codes once the step is done.
         noise (B, K, dim) is added to the vectors as long as they are not quantized.
         """
         with torch.autocast(x.device.type, enabled=False):
             z = self.vectors(x)                                               # (B, K, dim)
             codes = self.nearest(z)                                           # (B, K)
             if not self.active:
-                return F.normalize(z + noise, dim=-1), codes, z.new_zeros(len(z)), crowding(z)
+                return F.normalize(z + noise, dim=-1), codes, z.new_zeros(len(z)), z
             quantized = self.codebook[codes]                                  # (B, K, dim)
             commitment = (z - quantized).square().sum(-1).mean(-1)            # |V^_i - V_i|^2, mean over tokens
-            quantized = z + (quantized - z).detach()                          # straight-through
-            if self.training:
-                self.update(z.detach().flatten(0, 1), codes.flatten())
-            return quantized, codes, commitment, crowding(z)
+            return z + (quantized - z).detach(), codes, commitment, z         # straight-through
 
     @torch.no_grad()
     def update(self, z: Tensor, codes: Tensor) -> None:
-        """One EMA step with vectors z (n, dim) matched to codes (n,), then revival of dead codes."""
+        """One EMA step with vectors z (n, dim) matched to codes (n,), then revival of dead codes. Nothing before `fill`."""
+        if not self.active:
+            return
         count = torch.bincount(codes, minlength=len(self.codebook)).float()
         total = over_ranks(torch.cat([count[:, None], torch.zeros_like(self.sum).index_add_(0, codes, z)], 1))
         self.count.lerp_(total[:, 0], 1 - self.decay)
@@ -433,11 +436,11 @@ class EMAVectorQuantizer(nn.Module):
         """Starts quantizing: codes are random encoder vectors of z (n, dim), followed by 10 k-means rounds."""
         n = over_ranks(torch.tensor(float(len(z)), device=z.device))
         self.place(torch.ones_like(self.count, dtype=torch.bool), self.random_vectors(z), n / len(self.codebook))
+        self.active.fill_(True)
         decay, self.decay = self.decay, 0.0
         for _ in range(10):
             self.update(z, self.nearest(z))
         self.decay = decay
-        self.active.fill_(True)
 
     def usage(self) -> dict[str, float]:
         """Codes with more than a tenth of the uniform share of matches, and the perplexity of the shares."""
@@ -597,7 +600,7 @@ class DDT(nn.Module):
             raise train.Problem(f"--size {config.size} must be a multiple of {vae.shrink * config.patch} "
                                 f"(VAE {vae.shrink} x patch {config.patch})")
         self.encoder = QFormer(channels, side, config)
-        self.quantizer = EMAVectorQuantizer(TokenLinear(config.queries, config.query_width, 16))
+        self.quantizer = EMAVectorQuantizer(TokenLinear(config.queries, config.query_width, config.code_dim), dim=config.code_dim)
         self.decoder = MMDiT(channels, side, self.quantizer.codebook.shape[1], config)
         self.register_buffer("noise_mse", torch.ones(()))       # running mean of the error at t = 1; 1: nothing learnt
 
@@ -616,19 +619,23 @@ class DDT(nn.Module):
         s = self.config.shift
         return s * u / (1 + (s - 1) * u), torch.ceil(u * self.config.queries).long()
 
-    def forward(self, latent: Tensor, u: Tensor, noise: Tensor, token_noise: Tensor | float = 0.0) -> dict[str, Tensor]:
+    def forward(self, latent: Tensor, u: Tensor, noise: Tensor, token_noise: Tensor | float = 0.0,
+                others: Tensor | None = None) -> dict[str, Tensor]:
         """
-        The training loss of clean latents x_0 (B, C, h, w) at u (B,), noise like x_0, token_noise for the quantizer ->
-        {loss (B,): |d(x_t, t, V_1..V_k) - x_0|^2 + commitment + spread; mse, commitment, crowding (B,); codes (B, K)}.
+        The training loss of clean latents x_0 (B, C, h, w) at u (B,), noise like x_0, token_noise for the quantizer, others
+        (A, K, dim) the unit vectors of the global batch (None: these latents, on all ranks, are the batch) ->
+        {loss (B,): |d(x_t, t, V_1..V_k) - x_0|^2 + commitment + spread; mse, commitment, crowding (B,);
+        codes (B, K), vectors (B, K, dim)}.
         """
-        tokens, codes, commitment, crowd = self.quantizer(self.encoder(latent), token_noise)
+        tokens, codes, commitment, z = self.quantizer(self.encoder(latent), token_noise)
         t, k = self.times(u)
         x_t = t[:, None, None, None] * noise + (1 - t[:, None, None, None]) * latent
         mse = (self.decoder(x_t, t, tokens, k) - latent).square().mean((1, 2, 3))
         loss = mse + self.config.commitment * commitment
+        crowd = crowding(z, of_all_ranks(z) if others is None else others)
         if self.past_plateau:
             loss = loss + self.config.spread * crowd
-        return {"loss": loss, "mse": mse, "commitment": commitment, "crowding": crowd, "codes": codes}
+        return {"loss": loss, "mse": mse, "commitment": commitment, "crowding": crowd, "codes": codes, "vectors": z.detach()}
 
     @torch.no_grad()
     def latent(self, frames: Tensor) -> Tensor:
@@ -637,11 +644,15 @@ class DDT(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """frames (B, 3, H, W) in [0, 1] -> codes (B, K), int64."""
+        """frames (B, 3, H, W) in [0, 1] -> codes (B, K), int64, in config.order."""
         size = self.config.size
         if frames.ndim != 4 or frames.shape[1:] != (3, size, size):
             raise ValueError(f"this tokenizer encodes frames (B, 3, {size}, {size}); got {tuple(frames.shape)}")
-        return self.quantizer.nearest(self.quantizer.vectors(self.encoder(self.latent(frames))))
+        return self.ordered(self.quantizer.nearest(self.quantizer.vectors(self.encoder(self.latent(frames)))))
+
+    def ordered(self, codes: Tensor) -> Tensor:
+        """codes (..., K), V_1 first -> in config.order, and back."""
+        return codes.flip(-1) if self.config.order == "reverse" else codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor, steps: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -654,7 +665,7 @@ class DDT(nn.Module):
             raise ValueError(f"steps = {steps}: at least one call of the decoder")
         noise = torch.randn(len(codes), self.vae.config["latent_channels"], *2 * [self.config.size // self.vae.shrink],
                             generator=generator, device=codes.device)
-        latent = self.sample(self.quantizer.codebook[codes], noise, steps)
+        latent = self.sample(self.quantizer.codebook[self.ordered(codes)], noise, steps)
         return (self.vae.decode(latent) / 2 + 0.5).clamp(0, 1)
 
     def sample(self, tokens: Tensor, x: Tensor, steps: int) -> Tensor:
@@ -707,15 +718,14 @@ def millions(model: nn.Module) -> str:
 
 class Frames:
     """
-    Single frames of training clips, painted when they are asked for. Index i is frame order[i % len(order)] of clip
-    i // len(order); the first 3 frames, which a predictor is shown, are in `order` shown_weight times.
+    Single frames of training clips, painted when they are asked for, from the closed form (at most 0.006 off the
+    simulation). Index i is frame i % 32 of clip i // 32.
     """
 
     def __init__(self, config: Config, device):
         self.size, self.device = config.size, device
-        self.clips = [sim.sample(s, "pretrain", config.clips, config.seed) for s in train.scenarios(config.scenario)]
-        self.order = torch.tensor([*range(sim.CONDITION)] * (config.shown_weight - 1) + [*range(sim.FRAMES)])
-        self.n = [len(c) * len(self.order) for c in self.clips]
+        self.clips = [sim.first_frames(s, "pretrain", config.clips, config.seed) for s in train.scenarios(config.scenario)]
+        self.n = [len(c) * sim.FRAMES for c in self.clips]
 
     def __len__(self) -> int:
         return sum(self.n)
@@ -724,12 +734,18 @@ class Frames:
         frames, first = torch.empty(len(index), 3, self.size, self.size, device=self.device), 0
         for clips, n in zip(self.clips, self.n):
             rows = ((index >= first) & (index < first + n)).nonzero()[:, 0]
-            clip, place = (index[rows] - first) // len(self.order), (index[rows] - first) % len(self.order)
-            position = clips.position[clip, self.order[place]][:, None].to(self.device)       # (b, 1, N, 2)
+            clip, frame = (index[rows] - first) // sim.FRAMES, (index[rows] - first) % sim.FRAMES
             if len(rows):
-                frames[rows] = sim.render(position, clips.radius[clip].to(self.device), self.size)[:, 0]
+                drawn = clips[clip].to(self.device)
+                position = sim.closed_form(drawn)[torch.arange(len(rows)), frame, None]          # (b, 1, N, 2)
+                frames[rows] = sim.render(position, drawn.radius, self.size)[:, 0]
             first += n
         return frames
+
+
+SD3 = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16,
+       "norm_num_groups": 32, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
+       "use_post_quant_conv": False}
 
 
 def small_vae(config: Config) -> VAE:
@@ -751,22 +767,27 @@ def train_vae(config: Config, world: train.World) -> VAE:
     vae = small_vae(config).to(world.device)
     c = dataclasses.replace(config, steps=config.vae_steps, lr=config.vae_lr, batch=config.vae_batch,
                             warmup=config.vae_steps // 6)
-    optimizer = train.adamw(vae, c)
-    first = train.resume(folder, vae, optimizer, c)
     world.say(f"VAE: {millions(vae)} parameters, {c.steps} steps of {c.batch} frames")
     data = Frames(config, world.device)
+    side, parts = c.size // vae.shrink, world.parts(c.batch, c.micro)
+    world.compile(vae.encoder, vae.decoder)
     model = train.distribute(AutoencoderLoss(vae), world)
-    with train.Log(folder, first, c, world, show=("mse",)) as log:
-        for step in range(first, c.steps):
-            frames = data[world.share(train.rows(c.seed, step, c.batch, len(data)))]
-            side = c.size // vae.shrink
-            noise = torch.randn(c.batch, c.vae_latent, side, side, generator=train.generator(c.seed, step))
+
+    def losses(measured: list, *batch: Tensor) -> Iterator[Tensor]:
+        for part in zip(*(x.tensor_split(parts) for x in batch)):
             with world.autocast():
-                mse, kl = model(2 * frames - 1, world.share(noise).to(world.device))
-            loss = (mse + 1e-6 * kl).sum() / c.batch
-            log(step, mse=train.total(mse.sum()) / c.batch, kl=train.total(kl.sum()) / c.batch,
-                **train.update(model, optimizer, [loss], step, c))
-            train.checkpoint(folder, vae, optimizer, step, c, world)
+                mse, kl = model(*part)
+            measured.append(torch.stack([mse.detach().sum(), kl.detach().sum()]))
+            yield (mse + 1e-6 * kl).sum() / c.batch
+
+    with train.Run(folder, vae, c, world, show=("mse",)) as run:
+        for step in run:
+            frames = data[world.share(train.rows(c.seed, step, c.batch, len(data)))]
+            noise = torch.randn(c.batch, c.vae_latent, side, side, generator=train.generator(c.seed, step))
+            measured: list[Tensor] = []                     # of each part
+            run.update(model, losses(measured, 2 * frames - 1, world.share(noise).to(world.device)), parts)
+            mse, kl = train.total(sum(measured)) / c.batch
+            run.log(mse=mse, kl=kl)
     with torch.no_grad():       # latents of zero mean and unit variance: the flow mixes them with unit noise
         mean = vae.moments(2 * data[train.rows(c.seed, 0, 512, len(data))] - 1)[0]
     vae.config |= {"shift_factor": mean.mean().item(), "scaling_factor": 1 / mean.std().item()}
@@ -805,22 +826,45 @@ class AutoencoderLoss(nn.Module):
         return (reconstruction - images).square().mean((1, 2, 3)), kl
 
 
+def plan(config: Config, ranks: int) -> train.Plan:
+    """Memory and work of train_ddt; for `paper` with SD3's VAE. `measure` runs the models on the meta device."""
+    rows = -(-(-(-config.batch // ranks)) // train.World(0, ranks, None).parts(config.batch, config.micro))
+    with torch.device("meta"):
+        ddt = DDT(config, VAE(SD3) if config.preset == "paper" else small_vae(config))
+        frames = torch.zeros(rows, 3, config.size, config.size)
+        latent = ddt.latent(frames)
+        tokens, u = torch.zeros(rows, config.queries, config.code_dim), torch.zeros(rows)
+    passes = [train.measure(lambda: ddt.encoder(latent), ddt), train.measure(lambda: ddt.decoder(latent, u, tokens, u), ddt)]
+    flops = train.measure(lambda: ddt.latent(frames), ddt)[0] + 3 * sum(flops for flops, _ in passes)
+    return train.Plan(train.training_memory(ddt, ranks), {"activations": sum(kept for _, kept in passes)},
+                      config.batch * config.queries, flops * config.batch / rows)
+
+
 def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     """Trains encoder, quantizer and decoder together and saves the tokenizer in <out>/ddt."""
     folder = train.writable(Path(config.out, "ddt"))
     train.made_of(folder, vae=folder.parent / "vae" / VAE_WEIGHTS)
     torch.manual_seed(config.seed)
     ddt = DDT(config, vae).to(world.device)
-    optimizer = train.adamw(ddt, config)
-    first = train.resume(folder, ddt, optimizer, config)
     world.say(f"DDT: {millions(ddt.encoder)} parameters encoder, {millions(ddt.decoder)} decoder, "
               f"{config.steps} steps of {config.batch} frames")
     data = Frames(config, world.device)
+    B, device, parts = config.batch, world.device, world.parts(config.batch, config.micro)
     world.compile(ddt.encoder, ddt.decoder)
     model = train.distribute(ddt, world)
-    B, device = config.batch, world.device
-    with train.Log(folder, first, config, world, show=("mse", "mse_noise", "codes_used")) as log:
-        for step in range(first, config.steps):
+
+    @torch.no_grad()
+    def vectors(x0: Tensor) -> Tensor:                      # what the quantizer gets, of a whole share
+        return torch.cat([ddt.quantizer.vectors(ddt.encoder(x)) for x in x0.tensor_split(parts)])
+
+    def losses(results: list, others: Tensor | None, *batch: Tensor) -> Iterator[Tensor]:
+        for part in zip(*(x.tensor_split(parts) for x in batch)):
+            with world.autocast():
+                results.append(model(*part, others))
+            yield results[-1]["loss"].sum() / B
+
+    with train.Run(folder, ddt, config, world, show=("mse", "mse_noise", "codes_used")) as run:
+        for step in run:
             model.train()
             with world.autocast():
                 x0 = ddt.latent(data[world.share(train.rows(config.seed, step, B, len(data)))]).float()
@@ -833,20 +877,18 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             u, noise, token_noise = (world.share(x).to(device) for x in (u, noise, token_noise))
             if step >= config.quantize_at * config.steps and not ddt.quantizer.active:
                 rows = world.share(train.rows(config.seed, step, 16 * B, len(data)))
-                with torch.no_grad():
-                    z = ddt.quantizer.vectors(ddt.encoder(ddt.latent(data[rows])))
-                ddt.quantizer.fill(z.flatten(0, 1))
-            with world.autocast():
-                result = model(x0, u, noise, token_noise)
-            health = train.update(model, optimizer, [result["loss"].sum() / B], step, config)
+                ddt.quantizer.fill(vectors(torch.cat([ddt.latent(data[part]) for part in rows.split(B)])).flatten(0, 1))
+            results: list[dict[str, Tensor]] = []           # of each part
+            others = of_all_ranks(vectors(x0)) if parts > 1 else None
+            taken = run.update(model, losses(results, others, x0, u, noise, token_noise), parts)
+            result = {k: torch.cat([x[k].detach() for x in results]) for k in results[0]}
             pure = u == 1
             at_noise = train.total(torch.stack([result["mse"][pure].sum(), pure.sum()]))
-            mse_noise = at_noise[0] / at_noise[1].clamp(min=1)
-            ddt.noise_mse.lerp_(mse_noise, 0.05 if at_noise[1] else 0)
-            log(step, mse=train.total(result["mse"].sum()) / B, mse_noise=ddt.noise_mse,
-                commitment=train.total(result["commitment"].sum()) / B,
-                **ddt.quantizer.usage(), **health)
-            train.checkpoint(folder, ddt, optimizer, step, config, world)
+            if taken:
+                ddt.quantizer.update(result["vectors"].flatten(0, 1), result["codes"].flatten())
+                ddt.noise_mse.lerp_(at_noise[0] / at_noise[1].clamp(min=1), 0.05 if at_noise[1] else 0)
+            run.log(mse=train.total(result["mse"].sum()) / B, mse_noise=ddt.noise_mse,
+                    commitment=train.total(result["commitment"].sum()) / B, **ddt.quantizer.usage())
     if world.is_main:
         reward.drop_rows(folder.parent / "results.json", "DDT", "SFT", "SFT + RL")
     train.finish(folder, ddt.save, config, ddt, world)
@@ -918,16 +960,20 @@ def main(argv: list[str] | None = None) -> None:
     train.scenarios(c.scenario)
     shrink = 2 ** (c.vae_levels - 1) * c.patch
     has_vae = Path(c.out, "vae", VAE_WEIGHTS).exists() and not c.fresh
-    train.need(c.preset != "paper" or c.vae or has_vae, "the paper's tokenizer stands on a pre-trained VAE: name the folder "
-               "of one with --vae, such as `vae` of stable-diffusion-3-medium-diffusers (python ddt.py --preset paper --vae DIR)")
     train.need(0 <= c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
+    train.need(c.order in ("forward", "reverse"), f"--order {c.order}: choose forward or reverse")
     train.need(c.token_noise >= 0, f"--token_noise {c.token_noise}: a standard deviation, at least 0")
     train.need(c.vae or c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, what VAE and patches shrink it by")
     train.need(c.vae_width % 8 == 0, f"--vae_width {c.vae_width}: must be a multiple of 8 (its norms have 8 groups)")
     train.need(c.query_width % c.heads == 0 and c.width % (4 * c.heads) == 0 and c.image_width % 4 == 0,
                f"--query_width {c.query_width} and --width {c.width} must divide by --heads {c.heads}, "
                f"--width and --image_width {c.image_width} by 4")
+    if c.plan:
+        return train.show_plan(plan, c)
+    train.need(c.preset != "paper" or c.vae or has_vae, "the paper's tokenizer stands on a pre-trained VAE: name the folder "
+               "of one with --vae, such as `vae` of stable-diffusion-3-medium-diffusers (python ddt.py --preset paper --vae DIR)")
     world = train.start(c.seed)
+    train.check_fits(plan, c, world)
     out = train.writable(Path(c.out))
     train.occupy(out, world)
     if c.fresh:

@@ -147,7 +147,7 @@ def prefix(config: Config, out: Path, folder: Path) -> str:
     ddt = tokenizers(out)["DDT"]
     K, name = ddt.config.queries, train.scenarios(ddt.config.scenario)[0]
     frames, position, radius = still(8 * config.clips, name, "iid", ddt.config.size)
-    latent, tokens = ddt.latent(frames), ddt.quantizer.codebook[ddt.encode(frames)]
+    latent, tokens = ddt.latent(frames), ddt.quantizer.codebook[ddt.ordered(ddt.encode(frames))]
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
 
     def measured(x: Tensor, t: float, k: int) -> tuple[dict[str, float], Tensor]:

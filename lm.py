@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------ config
 
@@ -285,6 +286,7 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.source: Path | None = None                                           # folder whose tokenizer is saved along
+        self.checkpointing = False                                                # keep only the blocks' inputs for the backward pass
         for name, p in self.named_parameters():                                   # GPT-2's initialization
             if p.ndim == 2:
                 out = name.endswith(("o_proj.weight", "down_proj.weight"))        # what is added to the residual stream
@@ -318,7 +320,10 @@ class Llama(nn.Module):
             seen = cache.capacity if fixed else start + S
             mask = torch.arange(seen, device=ids.device) <= position[:, None]     # (S, seen)
         for block in self.model["layers"]:
-            x = block(x, cos, sin, cache, mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache, mask)
         if fixed:
             cache.position += 1
         elif cache:
@@ -404,8 +409,7 @@ class Llama(nn.Module):
         Raises ValueError that names file and tensor for what is missing, left over, misshapen or not finite.
         """
         folder = Path(folder)
-        is_meta = (folder / "params.json").exists() and not (folder / "config.json").exists()
-        config, tensors = _meta(folder) if is_meta else _hugging_face(folder)
+        config, tensors = _open(folder)
         if n_visual and config.n_visual not in (0, n_visual):
             raise ValueError(f"{folder} has {config.n_visual} visual codes already; {n_visual} were asked for")
         with torch.device("meta"):
@@ -471,6 +475,16 @@ def _config(folder: Path) -> LlamaConfig:
         raise ValueError(f"{folder}/config.json lacks {error}") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
+
+
+def read_config(folder) -> LlamaConfig:
+    """The shape of the model in a folder, without its weights. Raises ValueError as Llama.load does."""
+    return _open(Path(folder))[0]
+
+
+def _open(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[Path, str, Tensor]]]:
+    is_meta = (folder / "params.json").exists() and not (folder / "config.json").exists()
+    return _meta(folder) if is_meta else _hugging_face(folder)
 
 
 def _hugging_face(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[Path, str, Tensor]]]:
@@ -567,10 +581,17 @@ def logprobs(logits: Tensor, codes: Tensor, support: Tensor) -> Tensor:
     return logp.gather(-1, codes[..., None])[..., 0]
 
 
-def draw(logits: Tensor, support: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One code from the policy: logits, support (..., V) -> (...). The largest p / Exponential(1): no host sync."""
+def draw(logits: Tensor, support: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+    """
+    One code from the policy: logits, support (..., V) -> (...). The largest p / Exponential(1): no host sync.
+    Of a list of generators each draws for an equal share of the rows.
+    """
     p = logits.float().masked_fill(~support, -torch.inf).softmax(-1)
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    noise = torch.empty_like(p)
+    several = generator if isinstance(generator, list) else [generator]
+    for part, g in zip(noise.chunk(len(several)), several):
+        part.exponential_(generator=g)
+    return (p / noise).argmax(-1)
 
 
 def _check_length(config: LlamaConfig, S: int, n: int) -> None:
@@ -582,9 +603,10 @@ def _check_length(config: LlamaConfig, S: int, n: int) -> None:
 
 @torch.no_grad()
 def generate(model: Llama, prompt: Tensor, n: int, group: int = 1, top_k: int = 50, top_p: float = 0.95,
-             generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+             generator: torch.Generator | list[torch.Generator] | None = None) -> tuple[Tensor, Tensor]:
     """
-    Samples n visual codes after each prompt, `group` times.
+    Samples n visual codes after each prompt, `group` times. With a generator for each prompt, in a list, what one of them
+    is given does not depend on which others are in the batch.
 
     prompt (B, S) ids -> codes (B, G, n) in [0, n_visual), support (B, G, n, n_visual) the codes each was drawn from.
     A prompt is read once for its whole group. Raises ValueError for a model without visual codes, and for more tokens

@@ -19,10 +19,14 @@ Expected at `tiny` on 2 CPU cores: 11 minutes, of them 1 for the tokens; loss 0.
 
 Axes: B clips, F frames, K tokens of a frame, S sequence, V visual codes.
 """
+import dataclasses
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +37,7 @@ import reward
 import sim
 import train
 from ddt import DDT, at_a_time
-from lm import Llama, LlamaConfig, generate
+from lm import CONFIGS, Llama, LlamaConfig, generate, read_config
 from sim import CONDITION, FRAMES
 
 
@@ -44,6 +48,8 @@ class Config:
     seed: int = 0
     fresh: bool = False         # start over, ignoring checkpoints
     save_every: int = 100       # steps between checkpoints
+    plan: bool = False          # print what the run would need, and end
+    world: int = 0              # ... on so many ranks; 0: as many as there are now
     # data
     scenario: str = "uniform"   # one of sim.SCENARIOS, or all
     clips: int = 6000           # training clips per scenario
@@ -56,9 +62,12 @@ class Config:
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
+    dtype: str = "float32"      # of the weights, or bfloat16; the optimizer's are float32
+    checkpointing: bool = False # keep only the blocks' inputs for the backward pass, and compute the rest again there
     # optimization
-    steps: int = 2200
+    steps: int = 2400
     batch: int = 16             # twice the steps of 32 clips learn more in the same time
+    micro: int = 0              # clips per backward pass and rank; 0: all at once
     lr: float = 1.5e-3
     warmup: int = 50
     beta1: float = 0.9
@@ -69,10 +78,15 @@ class Config:
     eval_clips: int = 256       # per split of the table at the end
 
 
+# `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
 PRESETS = {
     "tiny": {},
+    "small": dict(scenario="all", clips=20000, hidden=768, ffn=2304, layers=12, heads=12, kv_heads=4, dtype="bfloat16",
+                  steps=6000, batch=128, lr=6e-4, warmup=300),
+    "paper": dict(scenario="all", clips=3_000_000, corrupt=0.0, dtype="bfloat16", checkpointing=True, steps=360_000, batch=768,
+                  lr=1e-4, warmup=5000, save_every=1000, eval_clips=1000),
 }
-EXPECTED = {"tiny": "About 11 minutes on 2 CPU cores."}
+EXPECTED = {"tiny": "About 11 minutes on 2 CPU cores.", "small": "Not run yet.", "paper": "Not run yet."}
 
 # ------------------------------------------------------------------ clips as sequences
 
@@ -129,26 +143,63 @@ def predictor(model: Llama, ddt: DDT, seed: int = 0, top_k: int = 50, top_p: flo
 # ------------------------------------------------------------------ training
 
 
-def training_codes(config: Config, ddt: DDT, folder: Path, world: train.World) -> Tensor:
-    """The training clips as codes (B, F, K), uint8: from <out>/sft/tokens.safetensors, or made by all ranks together."""
-    path = folder / "tokens.safetensors"
-    stamp = str({"scenario": config.scenario, "clips": config.clips, "seed": config.seed,
-                 "codebook": ddt.quantizer.codebook.double().sum().item()})       # tokens of another tokenizer are stale
-    if path.exists():
-        tensors, metadata = train.read_safetensors(path)
-        if metadata.get("of") == stamp:
-            return tensors["codes"]
-    parts = []
-    for name in train.scenarios(config.scenario):
-        clips = world.share(sim.sample(name, "pretrain", config.clips, config.seed))
-        pieces = [clips[i:i + 64] for i in range(0, len(clips), 64)]
-        bar = tqdm(pieces, desc=f"tokens, {name}", ncols=100, mininterval=5, disable=not world.is_main)
-        parts.append(train.gather(torch.cat([tokenize(ddt, piece) for piece in bar])))
-    codes = torch.cat(parts)
-    if world.is_main:
-        train.write_safetensors(path, {"codes": codes}, {"of": stamp})
+class Codes:
+    """Codes of clips (n, F, K), uint8, in .npy files mapped into memory: codes[rows (B,)] reads what is asked for, (B, F, K)."""
+
+    def __init__(self, paths: list[Path]):
+        self.files = [np.load(path, mmap_mode="r") for path in paths]
+        self.ends = np.cumsum([len(file) for file in self.files])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        file = np.searchsorted(self.ends, rows.numpy(), "right")
+        return torch.from_numpy(np.stack([self.files[f][i - self.ends[f]] for f, i in zip(file, rows.tolist())]))
+
+
+def training_codes(config: Config, ddt: DDT, folder: Path, world: train.World) -> Codes:
+    """The codes of the training clips, from <folder>/<scenario>-<part>.npy. The ranks share the making of parts that are missing."""
+    stamp = json.dumps({"scenario": config.scenario, "clips": config.clips, "seed": config.seed,
+                        "codebook": ddt.quantizer.codebook.double().sum().item()})            # tokens of another tokenizer are stale
+    folder, note = train.writable(folder), folder / "of.json"
+    if world.is_main and (not note.exists() or note.read_text() != stamp):
+        for path in [note, *folder.glob("*.npy")]:
+            path.unlink(missing_ok=True)
+        note.write_text(stamp)
     train.wait(world)
-    return codes
+    size = max(1024, 2 ** (config.clips // 64).bit_length())                      # clips a part: some hundred parts at most
+    firsts = {name: sim.first_frames(name, "pretrain", config.clips, config.seed) for name in train.scenarios(config.scenario)}
+    parts = {folder / f"{name}-{i // size:05d}.npy": clips[i:i + size]
+             for name, clips in firsts.items() for i in range(0, len(clips), size)}
+    missing = [(path, part) for path, part in parts.items() if not whole(path, len(part), ddt)]
+    train.wait(world)                                                             # every rank has looked before one writes
+    mine = missing[world.rank::world.size]
+    bar = tqdm(total=sum(len(part) for _, part in mine), desc="tokens", unit="clip", ncols=100, mininterval=5,
+               disable=not (world.is_main and mine))
+    for path, part in mine:
+        clips, codes = sim.play(part), []
+        for i in range(0, len(clips), 128):
+            codes.append(tokenize(ddt, clips[i:i + 128]))
+            bar.update(len(codes[-1]))
+        aside = path.with_suffix(".part")
+        with open(aside, "wb") as file:
+            np.save(file, torch.cat(codes).numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    bar.close()
+    train.wait(world)
+    return Codes(list(parts))
+
+
+def whole(path: Path, n: int, ddt: DDT) -> bool:
+    """Whether a file holds n clips' codes. One that was cut off or is not ours does not, and is made again."""
+    try:
+        codes = np.load(path, mmap_mode="r")
+        return codes.shape == (n, FRAMES, ddt.config.queries) and codes.dtype == np.uint8
+    except (OSError, ValueError):
+        return False
 
 
 class NextToken(nn.Module):
@@ -166,6 +217,40 @@ class NextToken(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view_as(target).mean(1)
 
 
+def shape(config: Config, queries: int, V: int = 256) -> LlamaConfig:
+    """The model to be trained: that of --llm (or Llama-3.1-8B, for a plan of `paper` without) and V codes, or a new one."""
+    if config.llm or config.preset == "paper":
+        c = read_config(config.llm) if config.llm else CONFIGS["llama-3.1-8b"]
+        return c if c.n_visual else dataclasses.replace(c, vocab_size=c.vocab_size + V, n_visual=V)
+    return LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
+                       config.hidden // config.heads, max_position_embeddings=1 + FRAMES * queries, n_visual=V)
+
+
+def plan(config: Config, ranks: int) -> train.Plan:
+    """Memory and work of train_sft. `measure` runs the model on the meta device."""
+    K = tokenizers.Config(**tokenizers.PRESETS[config.preset]).queries if config.tokenizer == "ddt" else 16
+    c, S = shape(config, K), 1 + FRAMES * K
+    rows = -(-(-(-config.batch // ranks)) // train.World(0, ranks, None).parts(config.batch, config.micro))
+    with torch.device("meta"):
+        model = Llama(c).to(getattr(torch, config.dtype))
+    flops, activations = language_model_pass(c, model.head.dtype, rows, S, config.checkpointing)
+    return train.Plan(train.training_memory(model, ranks), {"activations": activations}, config.batch * (S - 1),
+                      (4 if config.checkpointing else 3) * flops * config.batch / rows)
+
+
+def language_model_pass(c: LlamaConfig, dtype: torch.dtype, rows: int, S: int, checkpointing: bool) -> tuple[float, float]:
+    """FLOPs of a forward pass of `rows` clips of S tokens, and the bytes it keeps for the backward pass."""
+    def passed(layers: int) -> tuple[float, float]:
+        with torch.device("meta"):
+            loss_of = NextToken(Llama(dataclasses.replace(c, num_hidden_layers=layers)).to(dtype))
+            ids = torch.zeros(rows, S, dtype=torch.int64)
+        return train.measure(lambda: loss_of(ids, ids), loss_of)
+    (flops1, kept1), (flops2, kept2) = passed(1), passed(2)                 # layers are alike
+    L = c.num_hidden_layers
+    inputs = rows * (S - 1) * c.hidden_size * dtype.itemsize
+    return flops1 + (L - 1) * (flops2 - flops1), kept1 + (L - 1) * (inputs if checkpointing else kept2 - kept1)
+
+
 def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
     folder = train.writable(Path(config.out, "sft"))
@@ -177,7 +262,7 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
     V = len(ddt.quantizer.codebook)
     if config.llm:
         try:
-            model = Llama.load(config.llm, torch.float32, world.device, n_visual=V)
+            model = Llama.load(config.llm, getattr(torch, config.dtype), world.device, n_visual=V)
         except ValueError as error:
             raise train.Problem(f"--llm {config.llm}: {error}") from None
         train.need(model.config.bos_token_id is not None, f"--llm {config.llm}: its config.json names no bos_token_id, which "
@@ -185,25 +270,21 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
         train.need(S <= model.config.max_position_embeddings, f"--llm {config.llm}: a clip is {S} tokens, this model's "
                    f"context {model.config.max_position_embeddings}")
     else:
-        model = Llama(LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
-                                  config.hidden // config.heads, max_position_embeddings=S, n_visual=V)).to(world.device)
-    optimizer = train.adamw(model, config)
-    first = train.resume(folder, model, optimizer, config)
-    codes = training_codes(config, ddt, folder, world)
+        model = Llama(shape(config, ddt.config.queries, V)).to(world.device, getattr(torch, config.dtype))
+    model.checkpointing = config.checkpointing
+    codes = training_codes(config, ddt, folder / "tokens", world)
     world.say(f"SFT: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
               f"{config.batch} clips of {S} tokens, {len(codes)} clips")
-    loss_of = train.distribute(NextToken(model), world)
-    with train.Log(folder, first, config, world) as log:
-        for step in range(first, config.steps):
+    loss_of, parts = train.distribute(NextToken(model), world), world.parts(config.batch, config.micro)
+    with train.Run(folder, model, config, world) as run:
+        for step in run:
             ids = sequence(model, codes[train.rows(config.seed, step, config.batch, len(codes))])         # (B, S)
             generator = train.generator(config.seed, step)
             wrong = torch.rand(ids.shape, generator=generator) < config.corrupt
             wrong[:, 0] = False                                                           # BOS stays
             other = model.first_code + torch.randint(V, ids.shape, generator=generator)
-            read = torch.where(wrong, other, ids)
-            loss = loss_of(world.share(ids).to(world.device), world.share(read).to(world.device)).sum() / config.batch
-            log(step, loss=train.total(loss), **train.update(model, optimizer, [loss], step, config))
-            train.checkpoint(folder, model, optimizer, step, config, world)
+            batch = (world.share(x).to(world.device).tensor_split(parts) for x in (ids, torch.where(wrong, other, ids)))
+            run.update(loss_of, (loss_of(*part).sum() / config.batch for part in zip(*batch)), parts)
     if world.is_main:
         reward.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
     train.finish(folder, model.save, config, model, world)
@@ -240,10 +321,19 @@ def load(folder: Path, **sources: Path) -> Llama:
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     train.scenarios(config.scenario)
+    train.need(config.dtype in ("float32", "bfloat16"), f"--dtype {config.dtype}: choose float32 or bfloat16")
     train.need(0 <= config.corrupt < 1, f"--corrupt {config.corrupt}: a share of the codes, below 1")
     train.need(config.hidden % (2 * config.heads) == 0 and config.heads % config.kv_heads == 0,
                f"--hidden {config.hidden} must divide by twice --heads {config.heads}, and that by --kv_heads {config.kv_heads}")
+    try:
+        shape(config, 8)
+    except ValueError as error:
+        raise train.Problem(f"--llm {config.llm}: {error}") from None
+    if config.plan:
+        return train.show_plan(plan, config)
+    train.need(config.llm or config.preset != "paper", "the paper's model starts from Llama-3.1-8B: name its folder with --llm")
     world = train.start(config.seed)
+    train.check_fits(plan, config, world)
     out = train.writable(Path(config.out))
     train.occupy(out, world)
     ddt = tokenizer(config, world)

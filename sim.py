@@ -113,6 +113,11 @@ def sample(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
     split: pretrain, posttrain, iid, ood (all levels in equal shares), a level (see `levels`), slow, fast, small, large.
     Raises ValueError for an unknown scenario or split and for n < 1.
     """
+    return play(first_frames(scenario, split, n, seed))
+
+
+def first_frames(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
+    """What `sample` simulates: clips of one frame, F = 1. All there is to a data set of millions."""
     known = splits(scenario)
     if split not in known and split != "ood":
         raise ValueError(f"unknown split {split!r} of {scenario}: choose one of ood, {', '.join(known)}")
@@ -123,11 +128,18 @@ def sample(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
     names = levels(scenario) if split == "ood" else [split]
     share = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
     drawn = [_initial_states(scenario, name, k, seed) for name, k in zip(names, share) if k]
-    radius, velocity, start = (np.concatenate(x) for x in zip(*drawn))
-    radius, velocity, start = (torch.from_numpy(x) for x in (radius, velocity, start))
-    position = simulate(scenario, radius, velocity, start)
-    inside = ((position >= radius[:, None, :, None]) & (position <= WORLD - radius[:, None, :, None])).all(-1)
-    return Clips(scenario, radius, velocity, position, inside)
+    radius, velocity, start = (torch.from_numpy(np.concatenate(x)) for x in zip(*drawn))
+    return Clips(scenario, radius, velocity, start[:, None], _inside(radius, start[:, None]))
+
+
+def play(first: Clips) -> Clips:
+    """Clips of which the first frame is known -> the whole clips, simulated."""
+    position = simulate(first.scenario, first.radius, first.velocity, first.position[:, 0])
+    return Clips(first.scenario, first.radius, first.velocity, position, _inside(first.radius, position))
+
+
+def _inside(radius: Tensor, position: Tensor) -> Tensor:
+    return ((position >= radius[:, None, :, None]) & (position <= WORLD - radius[:, None, :, None])).all(-1)
 
 
 def _initial_states(scenario: str, split: str, n: int, seed: int) -> tuple[np.ndarray, ...]:

@@ -2,10 +2,11 @@
 How fast are the parts? What is compared runs in alternating repeats in one process, so that whatever else the machine does
 slows both; printed are medians.
 
-    python tests/bench.py              # every section
+    python tests/bench.py              # every section but the last
     python tests/bench.py sim          # one of them: clips simulated a second
     python tests/bench.py ddt          # frames a second through the tokenizer, EMA-VQ beside a brute-force one
     python tests/bench.py lm           # tokens a second of prefill, decode and training, on the GPU where there is one
+    torchrun --nproc_per_node=2 tests/bench.py grpo     # a step of GRPO with a cut 8B, by part, and its memory beside the plan
 
 sim takes 10 seconds on one CPU core, lm 2 minutes on two.
 """
@@ -238,7 +239,85 @@ def bench_ddt():
         print(f"{n:10d} {1e3 * s['ours']:10.2f} {1e3 * s['brute']:12.2f} {s['brute'] / s['ours']:7.1f}x")
 
 
-SECTIONS = {"sim": bench_sim, "ddt": bench_ddt, "lm": bench_lm}
+def bench_grpo():
+    """
+    One step of GRPO with a Llama of the 8B's shape cut to 2 layers and 16K words, bf16, checkpointed, 2 prompts x 4
+    rollouts of 16 tokens a frame: the tensors of a rank beside what --plan says, and the seconds of every part.
+    (The tokenizer is `tiny` with 16 queries: the paper's would take a CPU minutes.)
+    """
+    import copy
+    import dataclasses
+    import tempfile
+
+    import ddt
+    import grpo
+    import lm
+    import reward
+    import sft
+    import sim
+    import train
+    world, seconds, held = train.start(0), {}, {}
+
+    def timed(owner, name, label):
+        plain = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            begin = time.perf_counter()
+            result = plain(*args, **kwargs)
+            key = label(*args) if callable(label) else label
+            seconds[key] = seconds.get(key, 0) + time.perf_counter() - begin
+            return result
+        setattr(owner, name, call)
+
+    c = dataclasses.replace(lm.CONFIGS["llama-3.1-8b"], num_hidden_layers=2, vocab_size=16384 + 256, n_visual=256)
+    tokens = ddt.Config(queries=16)
+    config = grpo.Config(prompts=2, group=4, micro=2, checkpointing=True, steps=2, save_every=100)
+    tokenizer = ddt.DDT(tokens, ddt.small_vae(tokens)).eval().requires_grad_(False)
+    reference = lm.Llama(c).bfloat16().requires_grad_(False)
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    policy.checkpointing = True
+    loss_of = train.distribute(grpo.Loss(policy, config), world)
+    clips = world.share(sim.sample("uniform", "posttrain", config.prompts))
+    timed(lm.Llama, "forward", lambda model, ids, cache=None: "score, and forward of training" if cache is None else
+          "prefill" if ids.shape[1] > 1 else "decode")
+    timed(sft, "decode", "detokenise")
+    timed(reward, "reward", "reward")
+    timed(torch.Tensor, "backward", "backward, with the blocks' second forward")
+    timed(train.AdamW, "step", "optimizer")
+    step, expand = train.AdamW.step, lm.Cache.expand
+
+    def weighed_step(self, *args):
+        held["gradients"] = sum(p.grad.nbytes for p in self.params)
+        step(self, *args)
+        held["masters and moments, fp32"] = sum(x.nbytes for bucket in self.buckets for x in bucket.state().values())
+
+    def weighed_expand(self, group):
+        held["KV cache"] = self.kv.nbytes * (1 + group)
+        return expand(self, group)
+    train.AdamW.step, lm.Cache.expand = weighed_step, weighed_expand
+    held["parameters"] = sum(p.nbytes for p in policy.parameters())
+    held["reference"] = sum(p.nbytes for p in reference.parameters())
+    with tempfile.TemporaryDirectory() as folder, train.Run(train.Path(folder), policy, config, world) as run:
+        begin = time.perf_counter()
+        generators = world.share([train.generator(0, 0, i) for i in range(config.prompts)])
+        r = grpo.rollout(policy, reference, tokenizer, clips, config, generators)
+        held["logits and supports of rollouts"] = r.logits_ref.nbytes + r.support.nbytes
+        parts = len(r.ids) // config.micro
+        run.update(loss_of, grpo.losses(loss_of, r.split(parts), config.prompts * config.group, []), parts)
+        whole = time.perf_counter() - begin
+    plan = grpo.plan_for(config, world.size, c, torch.bfloat16, tokens)
+    if world.is_main:
+        print(f"{world.size} ranks, {sum(p.numel() for p in policy.parameters()) / 1e9:.2f}e9 parameters\n"
+              f"{'MiB on a rank':34s} {'held':>10s} {'planned':>10s}")
+        for name, size in (plan.fixed | plan.passing).items():
+            if name in held:
+                print(f"{name:34s} {held[name] / 2 ** 20:10.1f} {size / 2 ** 20:10.1f}")
+        print(f"\n{'seconds of a step':44s} {whole:8.1f}")
+        for name, s in seconds.items():
+            print(f"  {name:42s} {s:8.1f}")
+
+
+SECTIONS = {"sim": bench_sim, "ddt": bench_ddt, "lm": bench_lm, "grpo": bench_grpo}
 
 
 def main(names):
@@ -246,7 +325,7 @@ def main(names):
     if unknown:
         print(f"unknown section {unknown[0]!r}: choose from {', '.join(SECTIONS)}", file=sys.stderr)
         sys.exit(2)
-    for name in names or SECTIONS:
+    for name in names or ("sim", "ddt", "lm"):
         print(f"\n== {name}")
         SECTIONS[name]()
 

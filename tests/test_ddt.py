@@ -19,7 +19,8 @@ from torch import nn
 
 import sim
 import train
-from ddt import DDT, PRESETS, VAE, Config, EMAVectorQuantizer, Frames, MMDiT, TokenLinear, crowding, patchify, unpatchify
+from ddt import (DDT, PRESETS, VAE, Config, EMAVectorQuantizer, Frames, MMDiT, TokenLinear, crowding, of_all_ranks, patchify,
+                 unpatchify)
 from ddt import VAE_WEIGHTS as WEIGHTS
 from ddt import small_vae as autoencoder
 from train import Problem
@@ -308,8 +309,9 @@ def test_ema_updates_against_a_plain_loop():
         x = visible[torch.randint(2, (10, 4), generator=g)] + 0.3 * torch.randn(10, 4, 6, generator=g)
         z = q.vectors(x).flatten(0, 1)
         expected, random_vectors = by_hand.nearest(z.tolist()), q.random_vectors(z).tolist()
-        _, codes, *_ = q(x)
-        assert codes.flatten().tolist() == expected
+        _, codes, _, vectors = q(x)
+        assert codes.flatten().tolist() == expected and torch.equal(vectors.flatten(0, 1), z)
+        q.update(z, codes.flatten())
         by_hand.update(z.tolist(), expected, random_vectors)
         for name in ("codebook", "count", "sum"):
             expected = torch.tensor(getattr(by_hand, name))
@@ -324,9 +326,9 @@ def test_revived_codes_live():
     q = quantizer(codes=6, tokens=6)
     x = torch.randn(1, 6, 6, generator=seeded()).repeat(10, 1, 1)
     assert len(q.nearest(q.vectors(x)).unique()) < 6
-    for _ in range(400):
-        q(x)
     z = q.vectors(x)
+    for _ in range(400):
+        q.update(z.flatten(0, 1), q.nearest(z).flatten())
     assert len(q.nearest(z).unique()) == 6
     torch.testing.assert_close(q.codebook[q.nearest(z)], z, rtol=0, atol=1e-4)
 
@@ -339,12 +341,14 @@ def test_random_vectors_are_rows():
     assert not torch.equal(q.random_vectors(z), drawn)
 
 
-@pytest.mark.parametrize("active, training", [(True, False), (False, True), (False, False)])
-def test_no_update_in_eval_or_while_inactive(active, training):
-    q = quantizer(active=active).train(training)
+@pytest.mark.parametrize("active", [True, False])
+def test_only_update_changes_the_codebook_and_only_when_active(active):
+    q = quantizer(active=active)
     before = {k: v.clone() for k, v in q.state_dict().items()}
     x = torch.randn(3, 4, 6, generator=seeded())
-    quantized, codes, commitment, _ = q(x)
+    quantized, codes, commitment, z = q(x)
+    if not active:
+        q.update(z.flatten(0, 1), codes.flatten())
     assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items())
     assert codes.shape == (3, 4) and commitment.shape == (3,)
     torch.testing.assert_close(quantized, q.codebook[codes] if active else q.vectors(x))
@@ -410,17 +414,18 @@ def test_crowding():
     z = F.normalize(torch.randn(5, 3, 4, generator=seeded()), dim=-1)
     for i in range(5):
         by_hand = [math.log(sum(math.exp(-2 * ((z[i, k] - z[j, k]) ** 2).sum()) for j in range(5)) / 5) for k in range(3)]
-        assert crowding(z)[i].item() == pytest.approx(sum(by_hand) / 3, abs=1e-5)
-    torch.testing.assert_close(crowding(z[:1].expand(5, -1, -1)), torch.zeros(5), rtol=0, atol=1e-6)
+        assert crowding(z, z)[i].item() == pytest.approx(sum(by_hand) / 3, abs=1e-5)
+    torch.testing.assert_close(crowding(z[:1].expand(5, -1, -1), z[:1]), torch.zeros(5), rtol=0, atol=1e-6)
     x = (torch.ones(5, 1, 4) + 0.1 * torch.randn(5, 1, 4, generator=seeded(1))).requires_grad_()
     optimizer = torch.optim.SGD([x], lr=0.3)
     for _ in range(300):
-        loss = crowding(F.normalize(x, dim=-1)).mean()
+        unit = F.normalize(x, dim=-1)
+        loss = crowding(unit, unit.detach()).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     similarity = F.normalize(x[:, 0], dim=-1) @ F.normalize(x[:, 0], dim=-1).T
-    assert similarity.fill_diagonal_(-1).max() < 0.2 and loss < crowding(z).mean()
+    assert similarity.fill_diagonal_(-1).max() < 0.2 and loss < crowding(z, z).mean()
 
 
 @torch.no_grad()
@@ -442,14 +447,16 @@ def quantize(world):
     with torch.no_grad():
         q.fill(q.vectors(world.share(rows[0])).flatten(0, 1))
         for x in rows:
-            q(world.share(x))
+            z = q.vectors(world.share(x))
+            q.update(z.flatten(0, 1), q.nearest(z).flatten())
     return q.state_dict()
 
 
 def crowd(world):
     """Crowding of this rank's share of 7 rows, and its gradient."""
     x = torch.randn(7, 3, 4, generator=seeded()).requires_grad_()
-    result = crowding(F.normalize(world.share(x), dim=-1))
+    z = F.normalize(world.share(x), dim=-1)
+    result = crowding(z, of_all_ranks(z))
     return {"crowding": result.detach(), "gradient": world.share(torch.autograd.grad(result.sum(), x)[0]).contiguous()}
 
 
@@ -597,15 +604,13 @@ def test_presets_have_the_parameters_the_comment_says(preset, millions):
 
 
 @torch.no_grad()
-def test_first_frames_are_drawn_more_often():
-    data = Frames(Config(clips=3, shown_weight=5, size=16), "cpu")
-    assert len(data) == 3 * (32 + 4 * 3)
-    clips = sim.sample("uniform", "pretrain", 3, 0)
-    painted = sim.render(clips.position, clips.radius, 16)                          # (3, 32, 3, 16, 16)
-    all_frames = data[torch.arange(len(data))].unflatten(0, (3, 44))
-    for clip in range(3):
-        times = [sum(torch.equal(f, painted[clip, i]) for f in all_frames[clip]) for i in range(32)]
-        assert times == [5, 5, 5] + [1] * 29
+def test_frames_are_those_of_the_clips():
+    data = Frames(Config(scenario="all", clips=3, size=16), "cpu")
+    for i, name in enumerate(sim.SCENARIOS):
+        clips = sim.sample(name, "pretrain", 3, 0)
+        painted = sim.render(clips.position, clips.radius, 16).flatten(0, 1)                        # (96, 3, 16, 16)
+        torch.testing.assert_close(data[96 * i + torch.arange(96)], painted, rtol=0, atol=0.05)     # 0.006 units are 0.01 pixels
+    assert len(data) == 3 * 96
 
 
 # ------------------------------------------------------------------ frames <-> codes
@@ -624,6 +629,15 @@ def test_encode_and_decode(ddt):
         assert not torch.equal(decoded, ddt.decode((codes + 1) % 256, steps, seeded(1)))
     assert torch.equal(codes, ddt.encode(frames()))
     assert not ddt.decode(codes).requires_grad
+
+
+def test_order_of_codes(ddt):
+    """Reversed, the same codes come last first, and mean the same pictures."""
+    codes = ddt.encode(frames())
+    painted = ddt.decode(codes, generator=seeded())
+    ddt.config.order = "reverse"
+    assert torch.equal(ddt.encode(frames()), codes.flip(1)) and not torch.equal(codes.flip(1), codes)
+    assert torch.equal(ddt.decode(codes.flip(1), generator=seeded()), painted)
 
 
 def test_the_vae_stays_as_it_is(ddt):

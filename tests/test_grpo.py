@@ -225,7 +225,7 @@ def rollout():
     frames = sim.render(clips.position, clips.radius, 16).flatten(0, 1)
     with torch.no_grad():                                                # other frames, other codes
         ddt.quantizer.fill(ddt.quantizer.vectors(ddt.encoder(ddt.latent(frames))).flatten(0, 1))
-    r = grpo.rollout(policy, reference, ddt, clips, config, seeded(1))
+    r = grpo.rollout(policy, reference, ddt, clips, config, [seeded(i) for i in range(len(clips))])
     return policy, reference, ddt, clips, config, r
 
 
@@ -257,12 +257,21 @@ def test_rollouts_stand_beside_their_condition(rollout):
     assert torch.equal(advantages(r.scores["reward"]).flatten(), r.advantage)
 
 
+def test_a_rollout_does_not_depend_on_the_others_of_its_batch(rollout):
+    """So ranks may share the prompts in any way."""
+    policy, reference, ddt, clips, config, r = rollout
+    alone = grpo.rollout(policy, reference, ddt, clips[1:2], config, [seeded(1)])
+    assert torch.equal(alone.ids, r.ids[4:8]) and torch.equal(alone.support, r.support[4:8])
+    torch.testing.assert_close(alone.scores["reward"][0], r.scores["reward"][1])
+
+
 def test_rollouts_are_scored_against_their_own_clip(rollout, monkeypatch):
     """Were every continuation the true one, all of a group would score what the truth scores."""
     policy, reference, ddt, clips, config, _ = rollout
     truth = sim.render(clips.position, clips.radius, 16)
-    monkeypatch.setattr(sft, "decode", lambda *_: truth[:, sim.CONDITION:].repeat_interleave(4, 0))
-    scores = grpo.rollout(policy, reference, ddt, clips, config, seeded(1)).scores
+    turns = iter(truth[:, sim.CONDITION:])
+    monkeypatch.setattr(sft, "decode", lambda *_: next(turns).expand(4, -1, -1, -1, -1))
+    scores = grpo.rollout(policy, reference, ddt, clips, config, [seeded(i) for i in range(len(clips))]).scores
     for name, expected in reward.reward(truth, clips).items():
         torch.testing.assert_close(scores[name], expected[:, None].expand(3, 4))
     scrambled = reward.reward(truth.roll(1, 0), clips)["reward"]

@@ -3,12 +3,22 @@ Symbol learning: what is asked of the model and what it reads.
 
     pytest tests/test_sft.py
 """
+import dataclasses
 import math
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 
+import ddt
+import grpo
 import sft
-from lm import Llama, LlamaConfig
+import sim
+import train
+from lm import CONFIGS, Cache, Llama, LlamaConfig
+
+ALONE = train.World(0, 1, torch.device("cpu"))
 
 
 def model(seed=0) -> Llama:
@@ -52,3 +62,116 @@ def test_what_is_read_may_be_wrong_what_is_asked_is_true():
     expected = -logits.gather(-1, ids[:, 1:, None] - 1).mean((1, 2))
     torch.testing.assert_close(loss, expected)
     assert not torch.allclose(loss, sft.NextToken(llama)(ids, ids))
+
+
+# ------------------------------------------------------------------ training clips as codes
+
+
+@pytest.fixture
+def tokenizer(monkeypatch):
+    """Codes that say which clip it is: x and y of every frame's centre, in hundredths of the view. And what was asked of it."""
+    asked = []
+
+    def tokenize(ddt, clips):
+        asked.append(len(clips))
+        return (clips.position[:, :, 0] * 10).round().to(torch.uint8)
+    monkeypatch.setattr(sft, "tokenize", tokenize)
+    return SimpleNamespace(config=SimpleNamespace(queries=2), quantizer=SimpleNamespace(codebook=torch.ones(2, 2)), asked=asked)
+
+
+def test_training_codes_are_those_of_the_clips(tokenizer, tmp_path):
+    config = sft.Config(scenario="all", clips=1100, seed=3)
+    codes = sft.training_codes(config, tokenizer, tmp_path, ALONE)
+    clips = {name: sim.sample(name, "pretrain", 1100, 3) for name in sim.SCENARIOS}
+    expected = torch.cat([sft.tokenize(tokenizer, c) for c in clips.values()])
+    rows = torch.tensor([0, 1023, 1024, 1099, 1100, 2200, 3299, 5])
+    assert len(codes) == 3300 and len(codes.files) == 6 and codes[rows].dtype == torch.uint8
+    assert torch.equal(codes[rows], expected[rows]) and torch.equal(codes[torch.arange(3300)], expected)
+
+
+def test_training_codes_go_on_where_they_stopped(tokenizer, tmp_path):
+    """What is there is not made again; what is missing, cut off or of another tokenizer is."""
+    config = sft.Config(clips=2500, seed=3)
+    whole = sft.training_codes(config, tokenizer, tmp_path, ALONE)[torch.arange(2500)]
+    assert sum(tokenizer.asked) == 2500
+    for damage, made in ((lambda path: None, 0), (lambda path: path.unlink(), 1024), (lambda path: path.write_bytes(b"ours?"), 1024),
+                         (lambda path: path.write_bytes(path.read_bytes()[:-1]), 1024),
+                         (lambda path: np.save(path, np.zeros((1024, 32, 3), np.uint8)), 1024)):
+        tokenizer.asked.clear()
+        damage(tmp_path / "uniform-00001.npy")
+        assert torch.equal(sft.training_codes(config, tokenizer, tmp_path, ALONE)[torch.arange(2500)], whole)
+        assert sum(tokenizer.asked) == made
+    tokenizer.asked.clear()
+    tokenizer.quantizer.codebook += 1
+    sft.training_codes(config, tokenizer, tmp_path, ALONE)
+    assert sum(tokenizer.asked) == 2500
+    sft.training_codes(dataclasses.replace(config, clips=100), tokenizer, tmp_path, ALONE)
+    assert [path.name for path in tmp_path.glob("*.npy")] == ["uniform-00000.npy"]
+
+
+# ------------------------------------------------------------------ plans
+
+
+def test_plan_of_8b_by_hand():
+    """On 8 ranks: bf16 weights and gradients, a part of the fp32 masters and moments; 41.1 GiB. Reference and cache beside."""
+    c, GIB = CONFIGS["llama-3.1-8b"], 2 ** 30
+    D, V = c.hidden_size, c.vocab_size + 256
+    layer = D * (D + 2 * 8 * 128) + D * D + 3 * D * c.intermediate_size + 2 * D
+    N = 2 * V * D + 32 * layer + D
+    plan = sft.plan(sft.Config(**{"preset": "paper"} | sft.PRESETS["paper"]), 8)
+    parts = [plan.fixed[k] for k in ("parameters", "gradients", "masters and moments, fp32")]
+    assert parts == pytest.approx([2 * N, 2 * N, 12 * N / 8]) and sum(parts) / GIB == pytest.approx(41.1, abs=0.1)
+    assert plan.tokens == 768 * 512
+    matrices = 32 * (layer - 2 * D) + 256 * D                                        # the head's rows of codes only
+    assert plan.flops == pytest.approx(4 * plan.tokens * (2 * matrices + 4 * 32 * D * 512), rel=1e-6)
+    rl = grpo.plan(grpo.Config(**{"preset": "paper"} | grpo.PRESETS["paper"]), 8)
+    assert [rl.fixed[k] for k in ("parameters", "gradients", "masters and moments, fp32", "reference")] == pytest.approx([*parts, 2 * N])
+    with torch.device("meta"):
+        cache = Cache(dataclasses.replace(c, n_visual=256), 4 * 8, 513, dtype=torch.bfloat16)
+    assert rl.passing["KV cache"] == cache.kv.nbytes * 9 / 8                          # the prompts', then the group's
+    assert rl.tokens == 28 * 8 * 29 * 16
+    assert 55 < rl.total / GIB < 79.3 and rl.total < grpo.plan(grpo.Config(**{"preset": "paper"} | grpo.PRESETS["paper"]), 4).total
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_planned_activations_are_what_a_pass_keeps(checkpointing):
+    """Against the tensors that a real forward pass saves, on the CPU."""
+    c, rows, S = LlamaConfig(300, 64, 160, 3, 4, 4, 16, n_visual=256), 4, 65
+    loss_of = sft.NextToken(Llama(c))
+    loss_of.model.checkpointing = checkpointing
+    ids = torch.randint(300, (rows, S))
+    own, kept = {p.untyped_storage()._cdata for p in loss_of.parameters()}, {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = loss_of(ids.clamp(min=44), ids)
+    real = sum(x.untyped_storage().nbytes() for i, x in kept.items() if i not in own)
+    flops, planned = sft.language_model_pass(c, torch.float32, rows, S, checkpointing)
+    if checkpointing:                                                                # a block's own are kept while it is done again
+        block = sft.language_model_pass(c, torch.float32, rows, S, False)[1]
+        assert real < planned < block
+    else:
+        assert planned == pytest.approx(real, rel=0.03)
+    matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160) + 256 * 64
+    assert flops == pytest.approx(rows * 64 * (2 * matrices + 4 * 3 * 64 * 64))
+    loss.sum().backward()
+
+
+def test_plans_of_all_stages(capsys):
+    for stage, preset in ((ddt, "tiny"), (ddt, "small"), (sft, "small"), (grpo, "tiny"), (grpo, "small")):
+        stage.main(["--preset", preset, "--plan", "--world", "2"])
+        out = capsys.readouterr().out
+        assert f"{preset}, 2 ranks" in out and "at the peak" in out and "A800-80GB" in out and "H200" in out
+
+
+def test_a_run_that_cannot_fit_is_refused(monkeypatch):
+    config = sft.Config(preset="small", hidden=1024, ffn=4096, layers=24, heads=16, batch=64, steps=10)
+    needed = sft.plan(config, 1).total
+    there = {"SC_PHYS_PAGES": 2 ** 21, "SC_PAGE_SIZE": 4096}                         # 8 GiB
+    monkeypatch.setattr(train.os, "sysconf", there.__getitem__)
+    with pytest.raises(train.Problem) as problem:
+        train.check_fits(sft.plan, config, ALONE)
+    assert all(text in str(problem.value) for text in (f"{needed / 2 ** 30:.1f} GiB", "are 8.0", "--plan", "--micro 8", "--checkpointing"))
+    train.check_fits(sft.plan, dataclasses.replace(config, micro=8, checkpointing=True), ALONE)

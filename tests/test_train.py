@@ -3,12 +3,17 @@ What the loops share: flags, shares of ranks, order of the data, optimizer, chec
 
     pytest tests/test_train.py
 """
+import copy
 import dataclasses
 import json
 import math
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,11 +133,10 @@ def step_of(world):
     torch.manual_seed(0)
     x, y, config = torch.randn(ROWS, 4), torch.randn(ROWS, 2), Config(clip=0.5)
     model = mlp()
-    optimizer = train.adamw(model, config)
     everywhere = train.distribute(model, world)
-    loss = (everywhere(world.share(x)) - world.share(y)).square().sum() / ROWS
-    norm = train.update(model, optimizer, [loss], 0, config)["grad_norm"]
-    return [*model.state_dict().values(), torch.tensor(norm)]
+    with tempfile.TemporaryDirectory() as folder, train.Run(Path(folder), model, config, world) as run:
+        assert run.update(everywhere, [(everywhere(world.share(x)) - world.share(y)).square().sum() / ROWS])
+        return [*model.state_dict().values(), run.line["grad_norm"], run.line["loss"]]
 
 
 def of_two_ranks(rank, folder):
@@ -198,70 +202,139 @@ def test_learning_rate(warmup):
     assert all(a > b for a, b in zip(lr[warmup:], lr[warmup + 1:]))
 
 
-def test_only_matrices_decay():
+def test_only_matrices_decay(tmp_path):
     config, model = Config(lr=0.1, weight_decay=0.5, warmup=0), mlp()
     model[3].bias.requires_grad_(False)
     nn.init.ones_(model[0].bias)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = train.adamw(model, config)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
-    train.update(model, optimizer, [sum((0 * p).sum() for p in model.parameters())], 0, config)
+    with train.Run(tmp_path, model, config, ALONE) as run:
+        assert len(run.optimizer.params) == 5
+        run.update(model, [sum((0 * p).sum() for p in model.parameters())])
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name] * (1 - 0.1 * 0.5 if value.ndim == 2 else 1))
 
 
+@pytest.mark.parametrize("bucket", [1, 20, 1 << 26])
+def test_adamw_is_torchs(bucket):
+    """100 steps beside torch.optim.AdamW, in fp32."""
+    config, ours, theirs = Config(), mlp(), mlp()
+    optimizer = train.AdamW(ours, config, ALONE, bucket)
+    groups = [{"params": [p for p in theirs.parameters() if (p.ndim < 2) == small], "weight_decay": decay}
+              for small, decay in ((False, config.weight_decay), (True, 0.0))]
+    other = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
+    g = torch.Generator().manual_seed(0)
+    for step in range(100):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn(p.shape, generator=g)
+            q.grad = 0.5 * p.grad
+        for group in other.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        optimizer.step(0.01 / (step + 1), torch.tensor(0.5))
+        other.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    assert len(optimizer.buckets) == {1: 6, 20: 4, 1 << 26: 2}[bucket]
+
+
+def test_bf16_weights_need_masters():
+    """At lr 3e-6 they follow fp32 weights with masters, and hardly move without."""
+    torch.manual_seed(0)
+    config, start = Config(weight_decay=0.0, eps=1e-6), nn.Linear(64, 64, bias=False)
+    nn.init.normal_(start.weight, std=0.02)
+    start = start.bfloat16()
+    exact, masters, bare = copy.deepcopy(start).float(), copy.deepcopy(start), copy.deepcopy(start)
+    optimizers = [train.AdamW(model, config, ALONE) for model in (exact, masters)]
+    naive = torch.optim.AdamW(bare.parameters(), lr=3e-6, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
+    g = torch.Generator().manual_seed(1)
+    direction = torch.randn(64, 64, generator=g)
+    for _ in range(100):
+        gradient = (direction + 0.1 * torch.randn(64, 64, generator=g)).bfloat16()
+        for model in (exact, masters, bare):
+            model.weight.grad = gradient.to(model.weight.dtype)
+        for optimizer in optimizers:
+            optimizer.step(3e-6, torch.ones(()))
+        naive.step()
+    torch.testing.assert_close(optimizers[1].buckets[0].master, exact.weight.flatten(), rtol=0, atol=1e-8)
+    assert torch.equal(masters.weight, exact.weight.bfloat16())
+    moved, with_masters, without = ((m.weight.float() - start.weight.float()).norm().item() for m in (exact, masters, bare))
+    assert with_masters == pytest.approx(moved, rel=0.1) and without < 0.3 * moved
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.01])
-def test_update_clips_and_reports(clip):
+def test_update_clips_and_reports(clip, tmp_path):
     config, model = Config(clip=clip, lr=0.2, warmup=4), mlp()
-    optimizer = train.adamw(model, config)
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     gradient = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     norm = torch.cat([g.flatten() for g in gradient]).norm().item()
-    health = train.update(model, optimizer, [model(x).square().sum()], 1, config)
-    assert health == pytest.approx({"grad_norm": norm, "learning_rate": 0.2 * 2 / 4}) and norm > 1
-    for p, g in zip(model.parameters(), gradient):
-        torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * g * (clip / norm if clip else 1))
-        assert p.grad is None
+    with train.Run(tmp_path, model, config, ALONE) as run:
+        run.step = 1
+        assert run.update(model, [model(x).square().sum()])
+        assert {k: float(v) for k, v in run.line.items()} == pytest.approx(
+            {"loss": model_loss(x), "grad_norm": norm, "learning_rate": 0.2 * 2 / 4, "skipped": 0}) and norm > 1
+    matrices, vectors = (bucket.state()["exp_avg"] for bucket in run.optimizer.buckets)
+    scale = 0.1 * (clip / norm if clip else 1)
+    torch.testing.assert_close(matrices, scale * torch.cat([g.flatten() for g in gradient if g.ndim == 2]))
+    torch.testing.assert_close(vectors, scale * torch.cat([g.flatten() for g in gradient if g.ndim == 1]))
+    assert all(p.grad is None for p in model.parameters())
 
 
-def test_parts_of_a_loss_add_up():
+def model_loss(x):
+    return mlp()(x).square().sum().item()
+
+
+def test_parts_of_a_loss_add_up(tmp_path):
     config, x = Config(clip=0.0), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     after = []
     for parts in (1, 3):
         model = mlp()
-        losses = (model(part).square().sum() / 6 for part in x.tensor_split(parts))
-        train.update(model, train.adamw(model, config), losses, 0, config)
+        with train.Run(tmp_path, model, config, ALONE) as run:
+            run.update(model, (model(part).square().sum() / 6 for part in x.tensor_split(parts)), parts)
+            assert run.line["loss"] == pytest.approx(model_loss(x) / 6)
         after.append(torch.cat([p.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*after)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    config, model = Config(), mlp()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(Problem, match="step 3 .*--lr"):
-        train.update(model, train.adamw(model, config), [model(torch.full((1, 4), math.nan)).sum()], 3, config)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+def test_parts_are_the_same_on_every_rank():
+    for batch in (5, 28, 768):
+        for size in (1, 2, 3, 5):
+            for micro in (0, 1, 2, 9, 1000):
+                parts = World(0, size, torch.device("cpu")).parts(batch, micro)
+                largest = max(len(World(r, size, torch.device("cpu")).share(torch.arange(batch))) for r in range(size))
+                assert parts == (math.ceil(largest / micro) if micro else 1)
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    config, model = Config(steps=40), mlp()
+    good, bad = torch.ones(1, 4), torch.full((1, 4), math.nan)
+    with pytest.raises(Problem) as problem, train.Run(tmp_path, model, config, ALONE) as run:
+        for step in run:
+            before = {k: v.clone() for k, v in model.state_dict().items()}
+            fine = step < 8 or step == 17
+            assert run.update(model, [model(good if fine else bad).sum()]) == fine
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) != fine
+    assert all(word in str(problem.value) for word in (str(tmp_path), "10 steps up to 27", "--lr", "checkpoint-00000027"))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0] * 8 + [*range(1, 10)] + [0] + [*range(1, 10)]
+    assert lines[8]["loss"] == "nan"
 
 
 # ------------------------------------------------------------------ checkpoints
 
 
-def fit(folder, config, stop=None, model=None):
+def fit(folder, config, stop=None, model=None, world=ALONE, micro=0):
     """A little training, killed before step `stop` if given -> the model and the step it started with."""
     model = model or mlp()
-    optimizer = train.adamw(model, config)
-    first = train.resume(folder, model, optimizer, config)
     data = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
-    with train.Log(folder, first, config, ALONE) as log:
-        for step in range(first, config.steps):
+    everywhere, parts = train.distribute(model, world), world.parts(config.batch, micro)
+    with train.Run(folder, model, config, world) as run:
+        for step in run:
             if step == stop:
                 break
             x = data[train.rows(config.seed, step, config.batch, len(data))]
-            noise = torch.randn(x.shape, generator=train.generator(config.seed, step))
-            loss = (model(x + 0.1 * noise) - x[:, :2]).square().sum() / config.batch
-            log(step, loss=loss, **train.update(model, optimizer, [loss], step, config))
-            train.checkpoint(folder, model, optimizer, step, config, ALONE)
-    return model, first
+            x = world.share(torch.cat([x, 0.1 * torch.randn(x.shape, generator=train.generator(config.seed, step))], 1))
+            run.update(everywhere, ((everywhere(part[:, :4] + part[:, 4:]) - part[:, :2]).square().sum() / config.batch
+                                    for part in x.tensor_split(parts)), parts)
+    return model, run.first
 
 
 def equal(a, b):
@@ -271,7 +344,7 @@ def equal(a, b):
 
 @pytest.fixture
 def folders(tmp_path):
-    """A run that was stopped at step 8, its last checkpoint after step 5, and an empty folder."""
+    """A run that was stopped at step 8, its last checkpoints after 3 and 6 steps, and an empty folder."""
     for name in "ab":
         (tmp_path / name).mkdir()
     fit(tmp_path / "a", Config(), stop=8)
@@ -295,57 +368,150 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop, first):
     assert logs[0] == logs[1]
 
 
-def test_only_rank_0_writes(tmp_path):
-    model, second = mlp(), World(1, 2, torch.device("cpu"))
-    train.checkpoint(tmp_path, model, train.adamw(model, Config()), 2, Config(), second)
-    with train.Log(tmp_path, 0, Config(), second) as log:
-        log(0, loss=1.0)
-    assert not list(tmp_path.iterdir())
+def whole(folder):
+    return [path.name for path in train.checkpoints(folder)]
 
 
-def test_an_interrupted_write_leaves_the_old_checkpoint(folders, monkeypatch):
-    a, _ = folders
-    path, before = a / "checkpoint.safetensors", (a / "checkpoint.safetensors").read_bytes()
+def test_the_last_two_are_kept(tmp_path):
+    fit(tmp_path, Config())
+    assert whole(tmp_path) == ["checkpoint-00000009", "checkpoint-00000010"]
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    manifest = json.loads((tmp_path / "checkpoint-00000010" / "manifest.json").read_text())
+    assert manifest["step"] == 10 and manifest["ranks"] == 1 and manifest["config"] == dataclasses.asdict(Config())
+    assert set(manifest["files"]) == {"model.safetensors", "optimizer-0.safetensors"}
 
-    def killed(*_):
-        raise KeyboardInterrupt
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
+    before, model, config = signal.getsignal(number), mlp(), Config(save_every=100)
+    with pytest.raises(KeyboardInterrupt), train.Run(tmp_path, model, config, ALONE) as run:
+        for step in run:
+            if step == 4:
+                os.kill(os.getpid(), number)
+            run.update(model, [model(torch.ones(1, 4)).sum()])
+    assert step == 4 and whole(tmp_path) == ["checkpoint-00000005"] and signal.getsignal(number) == before
+    assert fit(tmp_path, config)[1] == 5
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_kill_while_saving_leaves_the_old_checkpoint(folders, monkeypatch, at):
+    a, b = folders
+    whole_run, replace = fit(b, Config())[0], os.replace
+
+    def killed(source, target):
+        if "checkpoint-" in str(target):
+            killed.left -= 1
+            if killed.left < 0:
+                raise SystemExit
+        replace(source, target)
+    killed.left = at
     monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):                     # of the 3 files of a checkpoint: 9's or 10's
         fit(a, Config())
-    assert path.read_bytes() == before
     monkeypatch.undo()
-    (a / "checkpoint.safetensors.part").write_bytes(before[:100])       # as a power cut leaves it
-    assert fit(a, Config())[1] == 6 and path.read_bytes() != before
+    resumed, first = fit(a, Config())
+    assert first == (6 if at < 3 else 9) and equal(resumed, whole_run)
+    assert whole(a) == ["checkpoint-00000009", "checkpoint-00000010"]
 
 
-def rewritten(path, change):
-    tensors, metadata = train.read_safetensors(path)
-    change(tensors, metadata)
-    save_file(tensors, path, metadata)
+def test_a_full_disk_does_not_end_the_run(folders, monkeypatch, capsys):
+    a, b = folders
+    save_file = train.save_file
+
+    def full(tensors, path, metadata):
+        if "checkpoint-00000009" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+    monkeypatch.setattr(train, "save_file", full)
+    model, _ = fit(a, Config())
+    error = capsys.readouterr().err
+    assert "checkpoint-00000009" in error and "No space left on device" in error and "goes on" in error
+    assert whole(a) == ["checkpoint-00000006", "checkpoint-00000010"] and equal(model, fit(b, Config())[0])
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: os.truncate(path, path.stat().st_size // 2),
-    lambda path: os.truncate(path, path.stat().st_size - 1),
-    lambda path: os.truncate(path, 5),
-    lambda path: os.truncate(path, 0),
-    lambda path: path.write_text("not safetensors at all"),
-    lambda path: save_file({"x": torch.ones(2)}, path),
-    lambda path: save_file({"x": torch.ones(2)}, path, {"format": "pt"}),
-    lambda path: rewritten(path, lambda tensors, metadata: metadata.update(step="soon")),
-    lambda path: rewritten(path, lambda tensors, metadata: metadata.update(config="{")),
-    lambda path: rewritten(path, lambda tensors, metadata: tensors["model.0.weight"][0, 3:].fill_(math.nan)),
-    lambda path: rewritten(path, lambda tensors, metadata: tensors["optimizer.0.exp_avg"].fill_(math.inf))],
-    ids=["half", "a byte short", "5 bytes", "empty", "text", "foreign", "no step", "bad step", "bad config",
-         "nan", "inf"])
-def test_a_damaged_checkpoint_is_named_with_its_remedy(folders, damage):
-    path, (a, _) = folders[0] / "checkpoint.safetensors", folders
-    damage(path)
-    with pytest.raises(Problem) as problem:
-        fit(a, Config())
-    assert str(path) in str(problem.value) and "--fresh" in str(problem.value)
-    assert fit(a, Config(fresh=True))[1] == 0                           # and the remedy is one
-    assert fit(a, Config(steps=10))[1] == 10
+def sharded(rank, size, folder, stop):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{stop}", rank=rank, world_size=size)
+    model, first = fit(Path(folder) / "run", Config(batch=7), stop, world=World(rank, size, torch.device("cpu")), micro=2)
+    save_file(model.state_dict() | {"first": torch.tensor(first)}, f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("then", [1, 3])
+def test_a_checkpoint_of_two_ranks_resumes_on_others(tmp_path, then):
+    """2 ranks, stopped, then 1 or 3, with accumulation and unequal shares: what one rank does alone."""
+    for name in ("run", "alone"):
+        (tmp_path / name).mkdir()
+    alone = fit(tmp_path / "alone", Config(batch=7))[0].state_dict()
+    mp.spawn(sharded, (2, str(tmp_path), 7), 2)
+    manifest = json.loads((train.checkpoints(tmp_path / "run")[-1] / "manifest.json").read_text())
+    assert manifest["step"] == 6 and manifest["ranks"] == 2 and len(manifest["files"]) == 3
+    mp.spawn(sharded, (then, str(tmp_path), 11), then)
+    for rank in range(then):
+        tensors, _ = train.read_safetensors(tmp_path / f"{rank}.safetensors")
+        assert tensors.pop("first") == 6
+        for name, value in alone.items():
+            torch.testing.assert_close(tensors[name], value, rtol=1e-6, atol=1e-6)
+
+
+def damaged(path, how, rng):
+    """One of the ways in which a file or folder comes to grief."""
+    files = sorted(p for p in path.iterdir())
+    victim = rng.choice(files)
+    if how == "truncated":
+        os.truncate(victim, rng.randrange(victim.stat().st_size))
+    elif how == "flipped":
+        data = bytearray(victim.read_bytes())
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        victim.write_bytes(data)
+    elif how == "missing":
+        victim.unlink()
+    elif how == "foreign manifest":
+        content = rng.choice(["{}", "[]", "null", "", "{", '{"step": 6}', '{"step": "six", "ranks": 1, "config": {}, "files": {}}',
+                              '{"step": 6, "ranks": -1, "config": [], "files": {"model.safetensors": "0"}}'])
+        (path / "manifest.json").write_text(content)
+    else:                                                               # NaN, with a manifest that fits
+        name = rng.choice(["model.safetensors", "optimizer-0.safetensors"])
+        tensors, _ = train.read_safetensors(path / name)
+        tensor = tensors[rng.choice(sorted(tensors))]
+        tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice([math.nan, math.inf])
+        save_file(tensors, path / name)
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"][name] = train.checksum(path / name)
+        manifest["checksum"] = train._checksum_of({k: v for k, v in manifest.items() if k != "checksum"})
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_damaged_checkpoints(folders, tmp_path, capsys):
+    """300 of them: the one before is taken, or one clear error says what is wrong; never a wrong start."""
+    rng, start = random.Random(0), folders[0]
+    for i in range(300):
+        how = ("truncated", "flipped", "missing", "foreign manifest", "nan")[i % 5]
+        folder = shutil.copytree(start, tmp_path / "copy")
+        newest = folder / "checkpoint-00000006"
+        damaged(newest, how, rng)
+        both = rng.random() < 0.3
+        if both:
+            damaged(folder / "checkpoint-00000003", how, rng)
+        config = Config()
+        try:
+            model = mlp()
+            first = train.resume(folder, model, train.AdamW(model, config, ALONE), config, ALONE)
+            said = capsys.readouterr().out
+            hidden = not (newest / "manifest.json").exists()            # not a checkpoint at all
+            assert first in (0, 3), (i, how)
+            assert hidden or str(newest) in said
+            if first == 0:
+                assert both and hidden and equal(model, mlp())
+            else:
+                reference = train.read_safetensors(start / "checkpoint-00000003" / "model.safetensors")[0]
+                assert all(torch.equal(v, reference[k]) for k, v in model.state_dict().items())
+        except Problem as problem:
+            assert both and str(folder) in str(problem) and "--fresh" in str(problem) and "damaged" in str(problem)
+        shutil.rmtree(folder)
+    assert fit(start, Config(fresh=True))[1] == 0                       # and the remedy is one
 
 
 def test_a_checkpoint_of_another_configuration(folders):
@@ -353,7 +519,7 @@ def test_a_checkpoint_of_another_configuration(folders):
     with pytest.raises(Problem) as problem:
         fit(a, Config(lr=0.5, batch=4))
     assert all(word in str(problem.value) for word in (
-        str(a / "checkpoint.safetensors"), "lr was 0.01, is 0.5", "batch was 5, is 4", "--fresh", "--out"))
+        str(a / "checkpoint-00000006"), "lr was 0.01, is 0.5", "batch was 5, is 4", "--fresh", "--out"))
     assert fit(a, Config(out="elsewhere", save_every=1))[1] == 6        # but these may differ
     assert fit(b, Config(lr=0.5))[1] == 0
 
@@ -367,7 +533,7 @@ def test_a_checkpoint_of_another_model(folders, model, culprit):
     a, _ = folders
     with pytest.raises(Problem) as problem:
         fit(a, Config(), model=model())
-    assert culprit in str(problem.value) and str(a / "checkpoint.safetensors") in str(problem.value)
+    assert culprit in str(problem.value) and str(a / "checkpoint-00000006") in str(problem.value)
 
 
 def test_finish(folders):
@@ -377,9 +543,9 @@ def test_finish(folders):
     assert not train.is_trained(a, "model.safetensors", Config(), world)
     train.finish(a, save, Config(), mlp(), world)
     assert {path.name for path in a.iterdir()} == {"log.jsonl", "model.safetensors", "trained.json"}
-    (a / "checkpoint.safetensors").touch()                              # killed between saving and cleaning up
+    (a / "checkpoint-00000010").mkdir()                                 # killed between saving and cleaning up
     assert train.is_trained(a, "model.safetensors", Config(), world)
-    assert not (a / "checkpoint.safetensors").exists()
+    assert not (a / "checkpoint-00000010").exists()
     assert not train.is_trained(a, "model.safetensors", dataclasses.replace(Config(), fresh=True), world)
     with pytest.raises(Problem, match="lr was"):
         train.is_trained(a, "model.safetensors", dataclasses.replace(Config(), lr=0.123), world)
@@ -444,23 +610,37 @@ def test_an_unwritable_folder(tmp_path):
 
 
 def test_log_has_every_step_once(tmp_path):
-    config = Config(steps=9)
-    for first, last in ((0, 7), (4, 9)):                                # killed at step 7, checkpoint at 4
-        with train.Log(tmp_path, first, config, ALONE) as log:
-            for step in range(first, last):
-                log(step, loss=torch.tensor(step / 3), run=first, name="x")
+    for first, last in ((0, 7), (6, 9)):                                # killed in step 7, with a checkpoint at 6
+        model = mlp()
+        with train.Run(tmp_path, model, Config(steps=9), ALONE) as run:
+            assert run.first == first
+            for step in run:
+                if step == last:
+                    break
+                run.log(value=torch.tensor(step / 3), run=first, name="x")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(9))
-    assert [line["run"] for line in lines] == [0] * 4 + [4] * 5
-    assert [line["loss"] for line in lines] == pytest.approx([step / 3 for step in range(9)], rel=1e-5)
-    assert all(set(line) == {"step", "loss", "run", "name", "step_time"} for line in lines)
+    assert [line["run"] for line in lines] == [0] * 6 + [6] * 3
+    assert [line["value"] for line in lines] == pytest.approx([step / 3 for step in range(9)], rel=1e-5)
+    assert all(set(line) == {"step", "value", "run", "name", "step_time"} for line in lines)
     assert all(line["step_time"] >= 0 for line in lines)
-    with train.Log(tmp_path, 0, config, ALONE):                         # a new run starts a new log
+    with train.Run(tmp_path, mlp(), Config(steps=9, fresh=True), ALONE):                                # a new run starts a new log
         pass
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
 def test_log_is_written_step_by_step(tmp_path):
-    with train.Log(tmp_path, 0, Config(), ALONE) as log:
-        log(0, loss=2.0)
-        assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 2.0
+    with train.Run(tmp_path, mlp(), Config(), ALONE) as run:
+        for step in run:
+            if step == 1:
+                assert json.loads((tmp_path / "log.jsonl").read_text())["value"] == 2.0
+            run.log(value=2.0)
+
+
+def test_only_rank_0_writes_the_log(tmp_path):
+    with train.Run(tmp_path, mlp(), Config(save_every=100, steps=200), World(1, 2, torch.device("cpu"))) as run:
+        for step in run:
+            run.log(value=1.0)
+            if step == 3:
+                break
+    assert not list(tmp_path.iterdir())

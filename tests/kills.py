@@ -1,0 +1,160 @@
+"""
+Kills training at random moments, starts it again until it is done, and compares the weights and the log with those of an
+uninterrupted run, bit by bit: ddt.py, sft.py and grpo.py, on 1 and 2 ranks. A checkpoint is saved after every step, so
+that many kills fall in the middle of a save.
+
+    python tests/kills.py                # 200 kills
+"""
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch._dynamo          # torch.optim imports it: once here instead of in every process
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import ddt
+import grpo
+import reward
+import sft
+import train
+
+DDT = ddt.Config(steps=8, batch=6, clips=40, vae_steps=2, vae_batch=4, vae_width=8, save_every=1, noise_below=9.0, size=16,
+                 queries=2, image_width=16, query_width=32, encoder_layers=1, width=32, layers=1)
+SFT = sft.Config(steps=8, batch=5, clips=12, save_every=1, micro=2, hidden=32, ffn=64, layers=1)
+GRPO = grpo.Config(steps=5, prompts=3, group=2, clips=6, save_every=1)
+STEPS = {"ddt": DDT.steps, "sft": SFT.steps, "grpo": GRPO.steps}
+
+
+def stage(name: str, out: str, rank: int = 0, ranks: int = 1, port: int = 0, change: dict = {}) -> None:
+    """Trains one stage in the folder `out`, which holds those before it. What it says is in <out>/said<rank>."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.dup2(os.open(f"{out}/said{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    train.cli(lambda: train_stage(name, out, change))
+
+
+def train_stage(name: str, out: str, change: dict) -> None:
+    world = train.start(0)
+    torch.set_num_threads(1)
+    config = dataclasses.replace({"ddt": DDT, "sft": SFT, "grpo": GRPO}[name], out=out, **change)
+    if name == "ddt":
+        vae = ddt.VAE.load(f"{out}/vae") if Path(out, "vae", ddt.VAE_WEIGHTS).exists() else ddt.train_vae(config, world)
+        ddt.train_ddt(config, vae, world)
+    elif name == "sft":
+        sft.train_sft(config, ddt.DDT.load(f"{out}/ddt"), world)
+    else:                                   # a hardly trained tokenizer paints no ball: reward light instead
+        reward.reward = lambda frames, clips: dict.fromkeys(("reward", "velocity", "mass"), 1e4 * frames.double().mean((1, 2, 3, 4)).float())
+        grpo.train_grpo(config, ddt.DDT.load(f"{out}/ddt"), sft.load(Path(out, "sft")).requires_grad_(False), world)
+
+
+def start(name: str, out: Path, ranks: int, **change) -> list:
+    """Processes that train a stage, with some fields of its config changed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")                 # torch is imported once, by the server, which
+    context.set_forkserver_preload(["kills"] + ["pytest"] * ("pytest" in sys.modules))
+    before = os.environ.get("PYTHONPATH")                               # looks for modules where its environment says
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), before)))
+    multiprocessing.forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    processes = [context.Process(target=stage, args=(name, str(out), rank, ranks, port, change)) for rank in range(ranks)]
+    for p in processes:
+        p.start()
+    return processes
+
+
+def run(name: str, out: Path, ranks: int, kill_at: tuple[int, float] | None = None, **change) -> bool:
+    """-> whether it came to its end. kill_at (step, seconds): SIGKILL to all ranks so long after that step began to be saved."""
+    processes = start(name, out, ranks, **change)
+    if kill_at is not None:
+        saved = out / name / f"checkpoint-{kill_at[0]:08d}"
+        while not saved.exists() and processes[0].is_alive():
+            time.sleep(0.001)
+        time.sleep(kill_at[1])
+        for p in processes:
+            if p.is_alive():
+                os.kill(p.pid, signal.SIGKILL)
+    for p in processes:
+        p.join(120)
+    return all(p.exitcode == 0 for p in processes)
+
+
+def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Weights, and the log without its times."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return load_file(folder / "model.safetensors"), [{k: v for k, v in line.items() if k != "step_time"} for line in log]
+
+
+def said(out: Path) -> str:
+    return "\n".join(path.read_text()[-2000:] for path in sorted(out.glob("said*")))
+
+
+def whole_run(out: Path) -> None:
+    """Every stage once, uninterrupted, on one rank."""
+    for name in ("ddt", "sft", "grpo"):
+        if not run(name, out, 1):
+            raise RuntimeError(f"{name} failed: {said(out)}")
+
+
+def survive(name: str, ranks: int, kills: int, done: Path, rng: random.Random) -> dict[str, int]:
+    """
+    Kills a stage `kills` times -> how many of them found a checkpoint to go on with, and how many an unfinished save.
+    AssertionError where the end is not what it is without.
+    """
+    count = {"kills": 0, "with a checkpoint": 0, "in a save": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        plain, out = Path(folder, "plain"), Path(folder, "killed")
+        before = ("vae", "ddt", "sft")[:{"ddt": 1, "sft": 2, "grpo": 3}[name]]
+        for copy in (plain, out):
+            for part in before:
+                shutil.copytree(done / part, copy / part)
+        assert run(name, plain, ranks), said(plain)
+        times = [json.loads(line)["step_time"] for line in (plain / name / "log.jsonl").read_text().splitlines()]
+        expected = result(plain / name)
+        while count["kills"] < kills:
+            shutil.rmtree(out / name, ignore_errors=True)
+            finished, step = False, 0
+            while not finished and step < STEPS[name] - 1 and count["kills"] < kills:
+                step = rng.randint(step + 1, STEPS[name] - 1)
+                finished = run(name, out, ranks, (step, rng.uniform(0, 1.5 * max(times[1:]))))
+                count["kills"] += not finished
+                count["with a checkpoint"] += bool(train.checkpoints(out / name)) and not finished
+                count["in a save"] += not finished and any(
+                    not (path / "manifest.json").exists() for path in (out / name).glob("checkpoint-*"))
+            assert finished or run(name, out, ranks), said(out)
+            weights, log = result(out / name)
+            assert weights.keys() == expected[0].keys() and log == expected[1], f"{name}, {ranks} ranks: another log"
+            assert all(torch.equal(weights[k], v) for k, v in expected[0].items()), f"{name}, {ranks} ranks: other weights"
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as done:
+        whole_run(Path(done))
+        for i, (name, ranks) in enumerate((name, ranks) for name in ("ddt", "sft", "grpo") for ranks in (1, 2)):
+            kills = args.kills * (i + 1) // 6 - args.kills * i // 6
+            print(f"{name}, {ranks} rank{'s' * (ranks > 1)}:", survive(name, ranks, kills, Path(done), rng), flush=True)
+    print("every run ended with the weights and the log of the uninterrupted one")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""
+Long runs on several ranks: what kills, ranks, parts of a batch and a rank's death do to them. See kills.py, which also runs
+alone, with more kills.
+
+    pytest tests/test_scale.py
+"""
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import kills
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A folder with every stage trained, in a few steps."""
+    out = tmp_path_factory.mktemp("done")
+    kills.whole_run(out)
+    return out
+
+
+def copied(done: Path, to: Path, name: str) -> Path:
+    """What a stage starts from."""
+    for part in ("vae", "ddt", "sft")[:{"ddt": 1, "sft": 2, "grpo": 3}[name]]:
+        shutil.copytree(done / part, to / part)
+    return to
+
+
+@pytest.mark.parametrize("name, ranks, n", [("ddt", 1, 4), ("ddt", 2, 3), ("sft", 1, 4), ("sft", 2, 3), ("grpo", 1, 3), ("grpo", 2, 3)])
+def test_killed_runs_end_as_if_nothing_had_been(done, name, ranks, n):
+    count = kills.survive(name, ranks, n, done, random.Random(0))
+    assert count["kills"] == n
+
+
+@pytest.mark.parametrize("name, micro", [("ddt", 2), ("sft", 1), ("grpo", 2)])
+def test_ranks_and_parts_do_not_change_the_weights(done, tmp_path, name, micro):
+    """10 steps on one rank, in parts, and on two ranks with unequal shares. (A large eps: Adam divides rounding by itself.)"""
+    weights = {}
+    for way, (ranks, change) in {"alone": (1, {"micro": 1000}), "parts": (1, {"micro": micro}), "ranks": (2, {"micro": 1000})}.items():
+        out = copied(done, tmp_path / way, name)
+        assert kills.run(name, out, ranks, steps=10, eps=1e-2, save_every=100, **change), kills.said(out)
+        weights[way] = load_file(out / name / "model.safetensors")
+    start = load_file(done / name / "model.safetensors")
+    moved = max((start[k] - v).abs().max().item() for k, v in weights["alone"].items() if v.is_floating_point())
+    assert moved > 1e-4
+    for way in ("parts", "ranks"):
+        for key, value in weights["alone"].items():
+            torch.testing.assert_close(weights[way][key], value, rtol=1e-6, atol=1e-6, msg=lambda m: f"{way}, {key}: {m}")
+
+
+def test_a_dead_rank_ends_the_others(done, tmp_path):
+    out = copied(done, tmp_path, "sft")
+    alive, dead = kills.start("sft", out, 2, steps=10_000)
+    while not train.checkpoints(out / "sft") and alive.is_alive():
+        time.sleep(0.01)
+    os.kill(dead.pid, signal.SIGKILL)
+    begin = time.monotonic()
+    alive.join(60)
+    assert alive.exitcode == 1 and time.monotonic() - begin < 60
+    text = (out / "said0").read_text()
+    assert "has lost another" in text and "goes on from the last checkpoint" in text and "Traceback" not in text
