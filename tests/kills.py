@@ -13,7 +13,6 @@ import multiprocessing.forkserver
 import os
 import random
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -86,8 +85,7 @@ def run(name: str, out: Path, ranks: int, kill_at: tuple[int, float] | None = No
             time.sleep(0.001)
         time.sleep(kill_at[1])
         for p in processes:
-            if p.is_alive():
-                os.kill(p.pid, signal.SIGKILL)
+            p.kill()
     for p in processes:
         p.join(120)
     return all(p.exitcode == 0 for p in processes)
