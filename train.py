@@ -296,7 +296,9 @@ class Bucket:
         new = self.master.detach().to(self.params[0].dtype)
         if self.size > 1:
             parts = new.new_empty(self.size * self.part)
-            dist.all_gather_into_tensor(parts, new)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)          # torch 2.13 renames it, 2.11 knows no other
+                dist.all_gather_into_tensor(parts, new)
             new = parts
         for p, x in zip(self.params, new[:self.n].split([p.numel() for p in self.params])):
             p.copy_(x.view(p.shape))

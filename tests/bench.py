@@ -269,7 +269,7 @@ def bench_grpo():
             return result
         setattr(owner, name, call)
 
-    c = dataclasses.replace(lm.CONFIGS["llama-3.1-8b"], num_hidden_layers=2, vocab_size=16384 + 256, n_visual=256)
+    c = dataclasses.replace(lm.CONFIGS["llama-3.1-8b"], num_hidden_layers=2, vocab_size=16384 + 256, n_visual=256, bos_token_id=0)
     tokens = ddt.Config(queries=16)
     config = grpo.Config(prompts=2, group=4, micro=2, checkpointing=True, steps=2, save_every=100)
     tokenizer = ddt.DDT(tokens, ddt.small_vae(tokens)).eval().requires_grad_(False)
