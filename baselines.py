@@ -29,7 +29,8 @@ from torch import Tensor, nn
 import reward
 import sim
 import train
-from ddt import Decoder, EMAVectorQuantizer, Encoder, Frames, center_error, load_folder, millions, reconstruction, save_folder
+from ddt import (Decoder, EMAVectorQuantizer, Encoder, Frames, center_error, check_codes, check_frames, check_scenario,
+                 load_folder, millions, reconstruction, save_folder)
 
 
 # ------------------------------------------------------------------ VQGAN
@@ -112,18 +113,13 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """frames (B, 3, H, W) in [0, 1] -> codes (B, K), int64, row by row."""
-        size = self.config.size
-        if frames.ndim != 4 or frames.shape[1:] != (3, size, size):
-            raise ValueError(f"this tokenizer encodes frames (B, 3, {size}, {size}); got {tuple(frames.shape)}")
+        check_frames(frames, self.config.size)
         return self.quantizer.nearest(self.quantizer.vectors(self.vectors(frames)))
 
     @torch.no_grad()
     def decode(self, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """codes (B, K) -> frames (B, 3, H, W) in [0, 1]. Nothing is random here: the generator is not used."""
-        if codes.ndim != 2 or codes.shape[1] != self.config.queries or not len(codes) or codes.min() < 0 \
-                or codes.max() >= len(self.quantizer.codebook):
-            raise ValueError(f"codes must be (B, {self.config.queries}) in [0, {len(self.quantizer.codebook)}); "
-                             f"got {tuple(codes.shape)}")
+        check_codes(codes, self.config.queries, len(self.quantizer.codebook))
         return self.paint(self.quantizer.codebook[codes]).clamp(0, 1)
 
     def save(self, folder) -> None:
@@ -183,8 +179,7 @@ def ensure(config, world: train.World) -> VQGAN:
         world.say(f"{folder} is missing: training it first.")
         vqgan_main(train.handed_on(config))
     vqgan = VQGAN.load(folder).to(world.device)
-    train.need(set(train.scenarios(config.scenario)) <= set(train.scenarios(vqgan.config.scenario)),
-               f"--scenario {config.scenario}: {folder} was trained on {vqgan.config.scenario}; choose another --out")
+    check_scenario(config, vqgan, folder)
     report(config, vqgan, world)
     return vqgan
 

@@ -645,9 +645,7 @@ class DDT(nn.Module):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """frames (B, 3, H, W) in [0, 1] -> codes (B, K), int64, in config.order."""
-        size = self.config.size
-        if frames.ndim != 4 or frames.shape[1:] != (3, size, size):
-            raise ValueError(f"this tokenizer encodes frames (B, 3, {size}, {size}); got {tuple(frames.shape)}")
+        check_frames(frames, self.config.size)
         return self.ordered(self.quantizer.nearest(self.quantizer.vectors(self.encoder(self.latent(frames)))))
 
     def ordered(self, codes: Tensor) -> Tensor:
@@ -657,10 +655,7 @@ class DDT(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor, steps: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """codes (B, K) -> frames (B, 3, H, W) in [0, 1]. The noise to start from comes from the generator."""
-        if codes.ndim != 2 or codes.shape[1] != self.config.queries or not len(codes) or codes.min() < 0 \
-                or codes.max() >= len(self.quantizer.codebook):
-            raise ValueError(f"codes must be (B, {self.config.queries}) in [0, {len(self.quantizer.codebook)}); "
-                             f"got {tuple(codes.shape)}")
+        check_codes(codes, self.config.queries, len(self.quantizer.codebook))
         if steps < 1:
             raise ValueError(f"steps = {steps}: at least one call of the decoder")
         noise = torch.randn(len(codes), self.vae.config["latent_channels"], *2 * [self.config.size // self.vae.shrink],
@@ -692,6 +687,16 @@ class DDT(nn.Module):
             raise train.Problem(f"{folder}/config.json is not that of a tokenizer of this version ({error})") from None
         train.load_state(ddt, tensors, Path(folder))
         return ddt.eval().requires_grad_(False)
+
+
+def check_frames(frames: Tensor, size: int) -> None:
+    if frames.ndim != 4 or frames.shape[1:] != (3, size, size):
+        raise ValueError(f"this tokenizer encodes frames (B, 3, {size}, {size}); got {tuple(frames.shape)}")
+
+
+def check_codes(codes: Tensor, K: int, N: int) -> None:
+    if codes.ndim != 2 or codes.shape[1] != K or not len(codes) or codes.min() < 0 or codes.max() >= N:
+        raise ValueError(f"codes must be (B, {K}) in [0, {N}); got {tuple(codes.shape)}")
 
 
 def save_folder(folder, config: dict, model: nn.Module, name: str) -> None:
@@ -826,11 +831,16 @@ class AutoencoderLoss(nn.Module):
         return (reconstruction - images).square().mean((1, 2, 3)), kl
 
 
-def plan(config: Config, ranks: int) -> train.Plan:
-    """Memory and work of train_ddt; for `paper` with SD3's VAE. `measure` runs the models on the meta device."""
-    rows = -(-(-(-config.batch // ranks)) // train.World(0, ranks, None).parts(config.batch, config.micro))
+def planned(config: Config) -> DDT:
+    """The tokenizer on the meta device; that of `paper` with SD3's VAE."""
     with torch.device("meta"):
-        ddt = DDT(config, VAE(SD3) if config.preset == "paper" else small_vae(config))
+        return DDT(config, VAE(SD3) if config.preset == "paper" else small_vae(config))
+
+
+def plan(config: Config, ranks: int) -> train.Plan:
+    """Memory and work of train_ddt. `measure` runs the models on the meta device."""
+    rows, ddt = train.rows_at_once(config.batch, ranks, config.micro), planned(config)
+    with torch.device("meta"):
         frames = torch.zeros(rows, 3, config.size, config.size)
         latent = ddt.latent(frames)
         tokens, u = torch.zeros(rows, config.queries, config.code_dim), torch.zeros(rows)
@@ -949,10 +959,16 @@ def ensure(config, world: train.World) -> DDT:
         world.say(f"{folder} is missing: making it first. {EXPECTED.get(config.preset, '')}")
         main(train.handed_on(config))
     ddt = DDT.load(folder).to(world.device)
-    train.need(set(train.scenarios(config.scenario)) <= set(train.scenarios(ddt.config.scenario)),
-               f"--scenario {config.scenario}: {folder} was trained on {ddt.config.scenario}; choose another --out")
+    check_scenario(config, ddt, folder)
     report(config, ddt, world)
     return ddt
+
+
+def check_scenario(config, tokenizer, folder: Path) -> None:
+    """Problem for a motion that a tokenizer was not trained on."""
+    known = tokenizer.config.scenario
+    train.need(set(train.scenarios(config.scenario)) <= set(train.scenarios(known)),
+               f"--scenario {config.scenario}: {folder} was trained on {known}; choose another --out")
 
 
 def main(argv: list[str] | None = None) -> None:

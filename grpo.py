@@ -26,7 +26,6 @@ Axes: P prompts, G rollouts per prompt (group), R = P G rollouts, S sequence, T 
 K tokens of a frame.
 """
 import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,14 +201,14 @@ def plan_for(config: Config, ranks: int, c: LlamaConfig, dtype: torch.dtype, tok
     S, T = 1 + FRAMES * K, (FRAMES - CONDITION) * K
     P = -(-config.prompts // ranks)
     R = P * config.group
-    rows = -(-R // math.ceil(R / config.micro))
+    rows = train.rows_at_once(config.prompts, ranks, config.micro, config.group)
     with torch.device("meta"):
         model = Llama(c).to(dtype)
         cache = Cache(c, R, S, dtype=dtype).kv.nbytes
     flops, activations = sft.language_model_pass(c, dtype, rows, S, config.checkpointing)
     flops *= config.prompts * config.group / rows                               # a forward pass of all rollouts
     memory = train.training_memory(model, ranks)
-    memory |= {"reference": memory["parameters"], "tokenizer": tokenizers.plan(tokens, 1).fixed["parameters"],
+    memory |= {"reference": memory["parameters"], "tokenizer": sum(p.nbytes for p in tokenizers.planned(tokens).parameters()),
                "logits and supports of rollouts": R * T * V * 5}
     weights = memory["parameters"] - (2 - c.tie_word_embeddings) * model.head.nbytes      # of the head only the codes' rows are read
     return train.Plan(memory, {"KV cache": cache * (1 + 1 / config.group), "activations": activations},
@@ -231,7 +230,7 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
               f"{EXPECTED.get(config.preset, '')}")
     loss_of = train.distribute(Loss(policy, config), world)
     R = config.prompts * config.group
-    parts = math.ceil(math.ceil(config.prompts / world.size) * config.group / config.micro)       # the same on every rank
+    parts = world.parts(config.prompts, config.micro, config.group)
     with train.Run(folder, policy, config, world, show=("reward", "kl")) as run:
         for step in run:
             clips = data[step % len(data)]                                        # one scenario a step

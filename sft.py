@@ -21,7 +21,6 @@ Axes: B clips, F frames, K tokens of a frame, S sequence, V visual codes.
 """
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -182,12 +181,8 @@ def training_codes(config: Config, ddt: DDT, folder: Path, world: train.World) -
         for i in range(0, len(clips), 128):
             codes.append(tokenize(ddt, clips[i:i + 128]))
             bar.update(len(codes[-1]))
-        aside = path.with_suffix(".part")
-        with open(aside, "wb") as file:
+        with train.replacing(path) as aside, open(aside, "wb") as file:
             np.save(file, torch.cat(codes).numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
     bar.close()
     train.wait(world)
     return Codes(list(parts))
@@ -220,7 +215,10 @@ class NextToken(nn.Module):
 def shape(config: Config, queries: int, V: int = 256) -> LlamaConfig:
     """The model to be trained: that of --llm (or Llama-3.1-8B, for a plan of `paper` without) and V codes, or a new one."""
     if config.llm or config.preset == "paper":
-        c = read_config(config.llm) if config.llm else CONFIGS["llama-3.1-8b"]
+        try:
+            c = read_config(config.llm) if config.llm else CONFIGS["llama-3.1-8b"]
+        except ValueError as error:
+            raise train.Problem(f"--llm {config.llm}: {error}") from None
         return c if c.n_visual else dataclasses.replace(c, vocab_size=c.vocab_size + V, n_visual=V)
     return LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
                        config.hidden // config.heads, max_position_embeddings=1 + FRAMES * queries, n_visual=V)
@@ -230,7 +228,7 @@ def plan(config: Config, ranks: int) -> train.Plan:
     """Memory and work of train_sft. `measure` runs the model on the meta device."""
     K = tokenizers.Config(**tokenizers.PRESETS[config.preset]).queries if config.tokenizer == "ddt" else 16
     c, S = shape(config, K), 1 + FRAMES * K
-    rows = -(-(-(-config.batch // ranks)) // train.World(0, ranks, None).parts(config.batch, config.micro))
+    rows = train.rows_at_once(config.batch, ranks, config.micro)
     with torch.device("meta"):
         model = Llama(c).to(getattr(torch, config.dtype))
     flops, activations = language_model_pass(c, model.head.dtype, rows, S, config.checkpointing)
@@ -325,10 +323,8 @@ def main(argv: list[str] | None = None) -> None:
     train.need(0 <= config.corrupt < 1, f"--corrupt {config.corrupt}: a share of the codes, below 1")
     train.need(config.hidden % (2 * config.heads) == 0 and config.heads % config.kv_heads == 0,
                f"--hidden {config.hidden} must divide by twice --heads {config.heads}, and that by --kv_heads {config.kv_heads}")
-    try:
-        shape(config, 8)
-    except ValueError as error:
-        raise train.Problem(f"--llm {config.llm}: {error}") from None
+    if config.llm:
+        shape(config, queries=1)            # a folder that cannot be read is known before a tokenizer is trained
     if config.plan:
         return train.show_plan(plan, config)
     train.need(config.llm or config.preset != "paper", "the paper's model starts from Llama-3.1-8B: name its folder with --llm")

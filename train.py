@@ -162,9 +162,12 @@ class World:
             raise Problem(f"a batch of {n} cannot be shared by {self.size} ranks: use fewer ranks or a larger batch")
         return x[n * self.rank // self.size: n * (self.rank + 1) // self.size]
 
-    def parts(self, batch: int, micro: int) -> int:
-        """Into how many backward passes of at most `micro` rows (0: no limit) the largest share of a batch is cut."""
-        return -(-(-(-batch // self.size)) // micro) if micro else 1
+    def parts(self, batch: int, micro: int, each: int = 1) -> int:
+        """
+        Into how many backward passes of at most `micro` rows (0: no limit) the largest share of a batch is cut, of `each`
+        rows an element: the same on every rank.
+        """
+        return math.ceil(math.ceil(batch / self.size) * each / micro) if micro else 1
 
     def autocast(self):
         """Matrix products in bf16 on a GPU; fp32 on the CPU, where many have no bf16."""
@@ -182,6 +185,7 @@ class World:
 
 def start(seed: int) -> World:
     """Joins torchrun's process group if there is one, chooses the device, seeds torch. May be called more than once."""
+    global _patient
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # die with torchrun: kill -9 would leave its workers training
@@ -196,7 +200,6 @@ def start(seed: int) -> World:
         torch.set_flush_denormal(True)      # a nearly collapsed model is full of denormals: 1.36 s a step against 0.14
         if size > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
-    global _patient
     if size > 1 and not dist.is_initialized():          # a rank that dies or hangs ends the others within a minute ...
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=1))
         _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))   # ... unless they wait for it to evaluate
@@ -232,7 +235,8 @@ def gather(x: Tensor) -> Tensor:
 
 def wait(world: World) -> None:
     """All ranks meet here: nobody reads a file before rank 0 has written it."""
-    gather_objects(None)
+    if world.size > 1:
+        dist.barrier(group=_patient)
 
 
 def distribute(model: nn.Module, world: World) -> nn.Module:
@@ -522,15 +526,26 @@ def occupy(folder: Path, world: World) -> None:
 _occupied: dict[str, object] = {}
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes aside, flushes to disk and renames: at `path` there is the old file or the new one, never half of one."""
-    aside = path.with_name(path.name + ".part")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, aside, metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(aside, 0o666 & ~umask)         # safetensors writes 0600 whatever the umask
-    _flush(aside)
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = ".part") -> Iterator[Path]:
+    """
+    A name to write to beside `path`; afterwards it is flushed to disk and renamed. At `path` there is the old file or the
+    new one, never half of one.
+    """
+    aside = path.with_name(path.name + suffix)
+    yield aside
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """At `path` there is the old file or the new one, never half of one."""
+    with replacing(path) as aside:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, aside, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(aside, 0o666 & ~umask)     # safetensors writes 0600 whatever the umask
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -556,16 +571,9 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
     model.load_state_dict(tensors)
 
 
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def _write_json(path: Path, value) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    aside.write_text(json.dumps(value) + "\n")
-    _flush(aside)
-    os.replace(aside, path)
+    with replacing(path, f".{os.getpid()}.part") as aside:          # several ranks may write the same
+        aside.write_text(json.dumps(value) + "\n")
 
 
 def checksum(path: Path) -> str:
@@ -760,10 +768,16 @@ class Plan:
 
 def training_memory(model: nn.Module, ranks: int) -> dict[str, float]:
     """Of a model on any device, meta included: its weights, their gradients, this rank's part of the optimizer."""
-    groups = [sum(p.numel() * p.element_size() for p in params) for params in grouped(model)]
-    return {"parameters": sum(p.numel() * p.element_size() for p in model.parameters()), "gradients": sum(groups),
-            "masters and moments, fp32": 12 * sum(p.numel() for params in grouped(model) for p in params) / ranks,
-            "copies of a bucket": 2 * max(groups)}
+    groups = grouped(model)
+    sizes = [sum(p.nbytes for p in params) for params in groups]
+    return {"parameters": sum(p.nbytes for p in model.parameters()), "gradients": sum(sizes),
+            "masters and moments, fp32": 12 * sum(p.numel() for params in groups for p in params) / ranks,
+            "copies of a bucket": 2 * max(sizes)}
+
+
+def rows_at_once(batch: int, ranks: int, micro: int, each: int = 1) -> int:
+    """Rows of the largest backward pass on any rank: see World.parts."""
+    return math.ceil(math.ceil(batch / ranks) * each / World(0, ranks, torch.device("cpu")).parts(batch, micro, each))
 
 
 class FusedAttention(torch.autograd.Function):
@@ -820,14 +834,14 @@ def show_plan(plan: Callable[..., Plan], config) -> None:
 
 def smaller(plan: Callable[..., Plan], config, ranks: int, memory: float) -> str:
     """The first setting that fits, in words: checkpointing, smaller parts of a batch, more ranks."""
+    changes = [{"micro": micro} for micro in dict.fromkeys((config.micro, 8, 4, 2, 1))]
+    if hasattr(config, "checkpointing"):
+        changes = [c | {"checkpointing": on} for c in changes for on in dict.fromkeys((config.checkpointing, True))]
     for more in (1, 2, 4, 8, 16, 32, 64, 128):
-        for micro in (config.micro, 8, 4, 2, 1):
-            for checkpointing in (False, True) if hasattr(config, "checkpointing") else (None,):
-                change = {"micro": micro} | ({} if checkpointing is None else {"checkpointing": checkpointing or config.checkpointing})
-                other = dataclasses.replace(config, **change)
-                if plan(other, ranks * more).total <= memory:
-                    flags = [f"--{k} {v}" if v is not True else f"--{k}" for k, v in change.items() if getattr(config, k) != v]
-                    return " ".join(flags + ([f"on {ranks * more} ranks"] if more > 1 else []))
+        for change in changes:
+            if plan(dataclasses.replace(config, **change), ranks * more).total <= memory:
+                flags = [f"--{k} {v}" if v is not True else f"--{k}" for k, v in change.items() if getattr(config, k) != v]
+                return " ".join(flags + ([f"on {ranks * more} ranks"] if more > 1 else []))
     return "not with any setting known here"
 
 
