@@ -736,8 +736,9 @@ def made_of(folder: Path, **sources: Path) -> None:
         then = json.loads(note.read_text())
         other = [name for name in now if then.get(name) != now[name]]
         if other:
+            script = {"dit": "baselines.py dit"}.get(folder.name, f"{folder.name}.py")
             raise Problem(f"{folder} was trained from another {other[0]} than {sources[other[0]].parent}: train it again with "
-                          f"`python {folder.name}.py --fresh --out {folder.parent}`, or choose another --out")
+                          f"`python {script} --fresh --out {folder.parent}`, or choose another --out")
     _write_json(note, now)                                                # every rank writes the same
 
 

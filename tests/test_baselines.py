@@ -1,5 +1,5 @@
 """
-What the paper compares with: the VQGAN tokenizer.
+What the paper compares with: the VQGAN tokenizer, the video DiT.
 
     pytest tests/test_baselines.py
 """
@@ -9,7 +9,9 @@ import os
 import pytest
 import torch
 
-from baselines import VQGAN, VQGANConfig, main
+import baselines
+from baselines import DIT_PRESETS, VQGAN, VQGAN_PRESETS, DiT, DiTConfig, VQGANConfig, main
+from ddt import VAE
 from train import Problem
 
 
@@ -40,6 +42,15 @@ def test_a_token_a_cell(size, levels, side):
     assert model.config.queries == side ** 2
     assert model.vectors(torch.rand(2, 3, size, size)).shape[:2] == (2, side ** 2)
     assert model.paint(torch.randn(2, side ** 2, 16)).shape == (2, 3, size, size)
+
+
+@pytest.mark.parametrize("preset, millions", [("tiny", 0.34), ("small", 10.7)])
+def test_presets(preset, millions):
+    """As many tokens and parameters as the comment says."""
+    with torch.device("meta"):
+        model = VQGAN(VQGANConfig(**VQGAN_PRESETS[preset]))
+    assert model.config.queries == 16
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 @torch.no_grad()
@@ -111,8 +122,148 @@ def test_save_and_load(vqgan, tmp_path):
 
 
 @pytest.mark.parametrize("argv, culprit", [([], "vqgan"), (["dit9"], "vqgan"), (["vqgan", "--width", "12"], "--width 12"),
-                                           (["vqgan", "--size", "20"], "--size 20"), (["vqgan", "--quantize_at", "1"], "--quantize_at")])
+                                           (["vqgan", "--size", "20"], "--size 20"), (["vqgan", "--quantize_at", "1"], "--quantize_at"),
+                                           (["dit", "--heads", "5"], "--heads 5"), (["dit", "--calls", "1001"], "--calls 1001"),
+                                           (["dit"], "python ddt.py")])
 def test_bad_flags(argv, culprit, tmp_path):
     with pytest.raises(Problem, match=culprit):
         main(argv + ["--out", str(tmp_path)] * bool(argv))
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------ video DiT
+
+
+def autoencoder() -> VAE:
+    torch.manual_seed(0)
+    return VAE({"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 4,
+                "scaling_factor": 1.0, "use_quant_conv": False, "use_post_quant_conv": False})
+
+
+@pytest.fixture
+def dit() -> DiT:
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(size=8, width=24, layers=2, heads=2, calls=3), autoencoder()).eval()
+    torch.nn.init.normal_(model.patch_out.weight, std=0.1)
+    return model
+
+
+def latents(n=2) -> torch.Tensor:
+    return torch.randn(n, 32, 2, 4, 4, generator=seeded(1))
+
+
+@pytest.mark.parametrize("preset, millions", [("S", 22.5), ("B", 89.5), ("L", 310), ("tiny", 0.88), ("small", 82.4)])
+def test_dit_sizes(preset, millions):
+    """Those of PhyWorld's paper, and about those of our language models (0.85M, 82.6M)."""
+    with torch.device("meta"):
+        model = DiT(DiTConfig(**DIT_PRESETS[preset]), VAE({"block_out_channels": [8] * 4, "layers_per_block": 1, "latent_channels": 4,
+                                                           "norm_num_groups": 4}))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+def test_zero_terminal_snr():
+    alpha, sigma = (x.double() for x in baselines.zero_terminal_snr(1000))
+    assert alpha[-1] == 0 and sigma[-1] == 1 and alpha[0] == pytest.approx(0.9999 ** 0.5) and (alpha.diff() < 0).all()
+    torch.testing.assert_close(alpha ** 2 + sigma ** 2, torch.ones(1000, dtype=torch.float64), atol=1e-6, rtol=0)
+    plain = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).sqrt()
+    ratio = (plain - alpha).diff() / plain.diff()               # stretched: one and the same straight line
+    assert (ratio - ratio.mean()).abs().max() < 1e-3
+
+
+def test_rope_sees_differences():
+    """A product of two rotated vectors depends on how far apart their cells are, on each of the three axes, and on nothing else."""
+    F, side, d = 4, 3, 22
+    angle = baselines.rope_3d(F, side, d).view(F, side, side, d // 2)
+    q, k = torch.randn(2, d, generator=seeded(), dtype=torch.float64)
+    product = lambda a, b: (baselines.rotate(q, angle[a]) * baselines.rotate(k, angle[b])).sum().item()
+    first = product((0, 0, 0), (1, 1, 1))
+    assert product((2, 1, 1), (3, 2, 2)) == pytest.approx(first, abs=1e-5) and product((1, 1, 0), (2, 2, 1)) == pytest.approx(first, abs=1e-5)
+    for other in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        assert abs(product((0, 0, 0), other) - first) > 1e-3
+    torch.testing.assert_close(baselines.rotate(q, angle[3, 2, 1]).norm(), q.norm())
+
+
+@torch.no_grad()
+def test_dit_reads_only_the_given_frames(dit):
+    """At the last noise level nothing of the clip is left: what comes out depends on the noise and the first three frames."""
+    x, noise, t = latents(), torch.randn(2, 32, 2, 4, 4, generator=seeded(3)), torch.full((2,), 999)
+    inputs = []
+    dit.velocity, velocity = (lambda *a: inputs.append(a) or velocity(*a)), dit.velocity
+    dit(x, t, noise)
+    changed = x.clone()
+    changed[:, 3:] += 1
+    dit(changed, t, noise)
+    assert all(torch.equal(a, b) for a, b in zip(*inputs)) and torch.equal(inputs[0][0], noise)
+    given = x[:, :3].clone()
+    given[:, 0] += 1
+    before, after = velocity(noise, t, x[:, :3]), velocity(noise, t, given)
+    assert (before - after).abs().amax((0, 2, 3, 4)).min() > 0                             # every frame looks at them
+    late = noise.clone()
+    late[:, 31] += 1
+    assert (velocity(late, t, x[:, :3]) - before).abs().amax((0, 2, 3, 4)).min() > 0       # and at all others
+
+
+def test_dit_loss_is_of_the_predicted_frames(dit):
+    x, noise, t = latents(), torch.randn(2, 32, 2, 4, 4, generator=seeded(3)), torch.tensor([0, 700])
+    alpha, sigma = baselines.zero_terminal_snr(1000)
+    for i in range(2):
+        a, s = alpha[t[i]], sigma[t[i]]
+        v = dit.velocity((a * x + s * noise)[i:i + 1], t[i:i + 1], x[i:i + 1, :3])[0]
+        loss = (v - (a * noise - s * x)[i])[3:].square().mean()
+        torch.testing.assert_close(dit(x, t, noise)[i], loss)
+
+
+@torch.no_grad()
+def test_ddim_recovers_a_gaussian(dit):
+    """With the velocity that is right for latents from N(1, 0.5^2), sampling gives that mean and deviation."""
+    def velocity(x, t, given):
+        alpha, sigma = dit.alpha[t[0]], dit.sigma[t[0]]
+        clean = 1 + 0.25 * alpha / (0.25 * alpha ** 2 + sigma ** 2) * (x - alpha)           # E[x_0 | x]
+        return (alpha * (x - alpha * clean) / sigma) - sigma * clean
+    dit.velocity = velocity
+    dit.config.calls = 200
+    x = dit.sample(latents(8)[:, :3], torch.randn(8, 32, 2, 4, 4, generator=seeded(4)))
+    assert x.mean().item() == pytest.approx(1, abs=0.02) and x.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_dit_learns_one_batch(dit):
+    x, noise, t = latents(), torch.randn(2, 32, 2, 4, 4, generator=seeded(3)), torch.tensor([999, 400])
+    optimizer = torch.optim.Adam([p for p in dit.parameters() if p.requires_grad], 3e-3)
+    before = dit(x, t, noise).mean().item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = dit(x, t, noise).mean()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * before
+
+
+def test_dit_predicts_saves_and_loads(dit, tmp_path):
+    frames = torch.rand(3, 3, 3, 8, 8, generator=seeded(5))
+    clip = dit.predictor(seed=1)(frames)
+    assert clip.shape == (3, 32, 3, 8, 8) and torch.equal(clip[:, :3], frames) and 0 <= clip.min() and clip.max() <= 1
+    dit.save(tmp_path)
+    loaded = DiT.load(tmp_path)
+    assert torch.equal(loaded.predictor(seed=1)(frames), clip) and not torch.equal(loaded.predictor(seed=2)(frames), clip)
+    (tmp_path / "config.json").write_text(json.dumps({"dit": {"depth": 3}, "vae": {}}))
+    with pytest.raises(Problem, match="config.json"):
+        DiT.load(tmp_path)
+
+
+def test_dit_command(tmp_path, capsys, monkeypatch):
+    """Trains, goes into the table, is not trained twice, and notices another VAE."""
+    monkeypatch.setattr(baselines.sim, "SHOWN", ("iid",))
+    autoencoder().save(tmp_path / "vae")
+    command = ["dit", "--out", str(tmp_path), "--steps", "2", "--batch", "4", "--micro", "3", "--clips", "5", "--size", "8", "--width", "24",
+               "--layers", "1", "--heads", "2", "--calls", "2", "--eval_clips", "2", "--save_every", "1"]
+    main(command)
+    assert "DiT " in capsys.readouterr().out and len((tmp_path / "dit" / "log.jsonl").read_text().splitlines()) == 2
+    main(command)
+    assert "is trained" in capsys.readouterr().out
+    other = autoencoder()
+    other.config["scaling_factor"] = 2.0
+    torch.nn.init.ones_(next(other.parameters()))
+    other.save(tmp_path / "vae")
+    with pytest.raises(Problem, match="another vae"):
+        main(command)
