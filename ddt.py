@@ -85,13 +85,14 @@ class Config:
     # tokenizer
     queries: int = 8            # K
     code_dim: int = 16
+    prefix: str = "growing"     # tokens that the decoder sees in training: the first k(t), or "all" at every time
     order: str = "forward"      # of the codes that encode gives and decode takes: V_1 first, or "reverse"
     patch: int = 2              # latent cells a side that make one vector of the transformers
     image_width: int = 64       # encoder, latent stream
     query_width: int = 128      # encoder, query stream
-    encoder_layers: int = 3
+    encoder_layers: int = 2
     width: int = 128            # decoder
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     shift: float = 8.0          # s of t = s u / (1 + (s - 1) u)
     pure_noise: float = 0.3     # share of steps with u = 1
@@ -117,7 +118,7 @@ class Config:
 # `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, so that a VAE which shrinks 8
 # times leaves 256 latent vectors at patch 1 (1024 are those of 256 x 256); and the encoder is 128 wide for the latent and
 # 256 for the queries ("latent dimension 128", yet tokens of 256). No gradient clipping is stated. Parameters: VAE 83.8M
-# (SD3's, --vae), encoder 12.5M, decoder 111.1M; `small`: 1.3M, 6.2M, 41.3M; `tiny`: 0.24M, 0.76M, 2.27M.
+# (SD3's, --vae), encoder 12.5M, decoder 111.1M; `small`: 1.3M, 6.2M, 41.3M; `tiny`: 0.24M, 0.49M, 1.67M.
 PRESETS = {
     "tiny": {},
     "small": dict(scenario="all", clips=20000, size=128, vae_width=32, vae_levels=4, vae_latent=8, vae_steps=2000, vae_batch=128,
@@ -615,9 +616,9 @@ class DDT(nn.Module):
         return bool(self.noise_mse < self.config.noise_below)
 
     def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """u (B,) in [0, 1] -> time t (B,) and the number of tokens shown there k (B,): k(0) = 0, k(1) = K."""
-        s = self.config.shift
-        return s * u / (1 + (s - 1) * u), torch.ceil(u * self.config.queries).long()
+        """u (B,) in [0, 1] -> time t (B,) and the number of tokens shown there k (B,): k(0) = 0, k(1) = K (--prefix all: K)."""
+        s, shown = self.config.shift, torch.ones_like(u) if self.config.prefix == "all" else u
+        return s * u / (1 + (s - 1) * u), torch.ceil(shown * self.config.queries).long()
 
     def forward(self, latent: Tensor, u: Tensor, noise: Tensor, token_noise: Tensor | float = 0.0,
                 others: Tensor | None = None) -> dict[str, Tensor]:
@@ -978,6 +979,7 @@ def main(argv: list[str] | None = None) -> None:
     has_vae = Path(c.out, "vae", VAE_WEIGHTS).exists() and not c.fresh
     train.need(0 <= c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
     train.need(c.order in ("forward", "reverse"), f"--order {c.order}: choose forward or reverse")
+    train.need(c.prefix in ("growing", "all"), f"--prefix {c.prefix}: choose growing or all")
     train.need(c.token_noise >= 0, f"--token_noise {c.token_noise}: a standard deviation, at least 0")
     train.need(c.vae or c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, what VAE and patches shrink it by")
     train.need(c.vae_width % 8 == 0, f"--vae_width {c.vae_width}: must be a multiple of 8 (its norms have 8 groups)")

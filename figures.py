@@ -2,16 +2,18 @@
 The paper's tables and figures, from what a run folder holds.
 
     python figures.py --table 4             # reconstruction: ground truth, VAE, VQGAN, DDT; Euler steps; what the codes carry
+    python figures.py --table ablation      # trains tokenizers that differ in one factor, three seeds each: hours
     python figures.py --figure prefix       # reconstruction from the first k tokens
     python figures.py --figure 5            # how tokens answer to a ball that is moved
     python figures.py --figure 6            # how alike the tokens of near frames are
     python figures.py --figure 7            # one frame's tokens replaced by another's, span by span
 
 Each reads the tokenizers of runs/tiny (--out), says which command makes what is missing, and writes <out>/figures/: a PNG, and
-the numbers as JSON. Table 4 goes on where it was stopped.
+the numbers as JSON. A table goes on where it was stopped.
 
 Axes: B frames, F frames of a clip, K tokens of a frame, N codes.
 """
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -20,13 +22,14 @@ from typing import Callable
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
+import ddt as tokenizers
 import reward
 import sim
 import train
 from baselines import VQGAN
-from ddt import DDT, reconstruction
+from ddt import DDT, center_error, reconstruction
 from lm import Llama, Tokenizer
 
 
@@ -34,20 +37,18 @@ from lm import Llama, Tokenizer
 class Config:
     preset: str = "tiny"
     out: str = ""               # run folder; empty: runs/<preset>
-    table: int = 0              # 4
+    table: str = ""             # 4 or ablation
     figure: str = ""            # prefix, 5, 6 or 7
     clips: int = 32             # per split
     llm: str = ""               # figures 5 and 6: folder of a text model, whose embedding of the coordinates is compared
 
 
-PRESETS = {
-    "tiny": {},
-}
+PRESETS = {"tiny": {}, "small": {}, "paper": {}}        # the run folder's
 
 # ------------------------------------------------------------------ what is measured
 
 
-def tokenizers(out: Path) -> dict[str, DDT | VQGAN]:
+def pair(out: Path) -> dict[str, DDT | VQGAN]:
     """DDT and VQGAN of a run folder."""
     for folder, command in (("ddt", "ddt.py"), ("vqgan", "baselines.py vqgan")):
         train.need((out / folder / "model.safetensors").exists(),
@@ -97,7 +98,7 @@ STEPS = (4, 16, 50)
 
 
 def table4(config: Config, out: Path, folder: Path) -> str:
-    models = tokenizers(out)
+    models = pair(out)
     ddt, path = models["DDT"], folder / "table4.json"
     names, size = train.scenarios(ddt.config.scenario), ddt.config.size
 
@@ -136,6 +137,102 @@ def what_codes_say(model: DDT | VQGAN, scenario: str, kind: str, config: Config)
                               "  ".join(f"{x:5.2f}" for x in r["explained"]) for k, r in enumerate(rows)])
 
 
+# ------------------------------------------------------------------ what limits the tokenizer
+
+BASE, SEEDS = tokenizers.Config(steps=2000), (0, 1, 2)      # every row takes as many steps as make the same number of FLOPs
+ABLATION = {                        # one factor at a time
+    "as it is": {},
+    "twice the budget": {"steps": 4000},
+    "16 tokens": {"queries": 16},
+    "4 tokens": {"queries": 4},
+    "codes of 4 dimensions": {"code_dim": 4},
+    "all tokens at every time": {"prefix": "all"},
+    "no steps of pure noise": {"pure_noise": 0.0},
+    "6 in 10 of pure noise": {"pure_noise": 0.6},
+    "time not skewed": {"shift": 1.0},
+    "decoder 4, encoder 3 layers": {"layers": 4, "encoder_layers": 3},
+    "no crowding term": {"spread": 0.0},
+    "VAE of 150 steps": {"vae_steps": 150},
+}
+
+
+def ablation(config: Config, out: Path, folder: Path) -> str:
+    """
+    Tokenizers that differ in one factor from ddt.py's defaults, trained in <out>/ablation: mean and standard error over
+    seeds. All stand on the VAE of <out>, but for those whose VAE differs.
+    """
+    train.need((out / "vae").exists(), f"{out / 'vae'} is missing: make it with `python ddt.py --out {out}`")
+    path = folder / "ablation.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    lines = [f"{'steps':>35s}" + "".join(f"{name:>18s}" for name in QUALITY)]
+    for name, change in ABLATION.items():
+        c = dataclasses.replace(BASE, **change)
+        if "steps" not in change:
+            c.steps = round(BASE.steps * tokenizers.plan(BASE, 1).flops / tokenizers.plan(c, 1).flops)
+        c.warmup, c.vae = max(c.steps // 5, 1), "" if "vae_steps" in change else str(out / "vae")
+        rows = []
+        for seed in SEEDS:
+            c.seed, c.out = seed, str(out / "ablation" / f"{name}-{seed}".replace(" ", "-").replace(",", ""))
+            flags = [text for field in dataclasses.fields(c) if getattr(c, field.name) != field.default
+                     for text in (f"--{field.name}", str(getattr(c, field.name)))]
+            if done.get(c.out, {}).get("flags") != flags:
+                tokenizers.main(flags)
+                done[c.out] = {"flags": flags, "quality": quality(Path(c.out), config.clips)}
+                path.write_text(json.dumps(done, indent=1) + "\n")
+            rows.append(done[c.out]["quality"])
+        x = torch.tensor(rows, dtype=torch.float64)
+        lines.append(f"{name:29s}{c.steps:6d}" + "".join(f"{mean:9.3f} +-{se:6.3f}" for mean, se in zip(
+            x.mean(0), x.std(0) / math.sqrt(len(rows)))))
+    return "\n".join(lines)
+
+
+QUALITY = ("centre", "radius", "drift", "codes", "bits", "reading")
+
+
+def quality(folder: Path, clips: int) -> list[float]:
+    """
+    Of a tokenizer in a run folder, uniform motion: median centre error; radius and drift error of reconstructed iid clips;
+    codes in use; bits a frame; and `reading`, the mean error of a speed read from the tokens of a clip's first three frames.
+    """
+    model, name = DDT.load(folder / "ddt"), "uniform"
+    center, used = center_error(model, name, "cpu", 4 * clips)
+    row = json.loads((folder / "results.json").read_text())["DDT"][name]["iid"]
+    seen = sim.sample(name, "iid", 4 * clips, reward.EVAL_SEED)
+    codes = in_chunks(model.encode, sim.render(seen.position, seen.radius, model.config.size).flatten(0, 1))
+    bits = sum(token["bits"] for token in carried(codes, seen.position[..., 0].flatten(0, 1)))
+    return [center, row["radius_error"], row["drift_error"], used, bits, reading(model, name, 200 * clips)]
+
+
+def reading(model: DDT | VQGAN, scenario: str, n: int, steps: int = 1000) -> float:
+    """
+    What a language model has to do first: the speed from the tokens of the given frames, here by a small MLP trained on n
+    clips -> mean error on clips of the training range that it has not seen, units per second.
+    """
+    def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
+        clips = sim.first_frames(scenario, "pretrain", n, seed)
+        position = sim.closed_form(clips)[:, :sim.CONDITION]
+        encode = lambda position, radius: model.encode(sim.render(position, radius, model.config.size).flatten(0, 1))
+        codes = in_chunks(encode, position, clips.radius).view(n, -1)             # (n, 3 K)
+        return codes + torch.arange(codes.shape[1]) * 256, clips.velocity[:, :1].float()
+
+    (codes, speed), (held_out, truth) = drawn(n, 0), drawn(max(n // 8, 1), reward.EVAL_SEED)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        D = 64 * codes.shape[1]
+        mlp = nn.Sequential(nn.Embedding(256 * codes.shape[1], 64), nn.Flatten(), nn.Linear(D, 256), nn.GELU(),
+                            nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 1))
+        optimizer = torch.optim.AdamW(mlp.parameters(), 3e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+        for _ in range(steps):
+            rows = torch.randint(n, (512,))
+            (mlp(codes[rows]) - speed[rows]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        with torch.no_grad():
+            return (mlp(held_out) - truth).abs().mean().item()
+
+
 # ------------------------------------------------------------------ figures
 
 
@@ -144,7 +241,7 @@ def prefix(config: Config, out: Path, folder: Path) -> str:
     Reconstruction from the first k tokens: from pure noise, where training always shows all K; and at the time that k tokens
     belong to, t(k / K), where the noisy frame itself helps, beside the same frame without any token.
     """
-    ddt = tokenizers(out)["DDT"]
+    ddt = pair(out)["DDT"]
     K, name = ddt.config.queries, train.scenarios(ddt.config.scenario)[0]
     frames, position, radius = still(8 * config.clips, name, "iid", ddt.config.size)
     latent, tokens = ddt.latent(frames), ddt.quantizer.codebook[ddt.ordered(ddt.encode(frames))]
@@ -181,7 +278,7 @@ def embedders(config: Config, out: Path) -> dict[str, Callable[[Tensor, Tensor],
     """Name -> (frames (B, 3, H, W), positions (B, N, 2)) -> embeddings (B, L, D), L vectors to be compared one by one."""
     def of_tokens(model):
         return lambda frames, position: model.quantizer.codebook[in_chunks(model.encode, frames)]
-    found = {name: of_tokens(model) for name, model in tokenizers(out).items()}
+    found = {name: of_tokens(model) for name, model in pair(out).items()}
     if config.llm:
         table, text = Llama.load(config.llm, torch.float32).model["embed_tokens"].weight, Tokenizer.load(config.llm)
 
@@ -199,7 +296,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 
 def figure5(config: Config, out: Path, folder: Path) -> str:
     """Balls are moved to the right: how alike are the tokens of before and after?"""
-    ddt = tokenizers(out)["DDT"].config
+    ddt = pair(out)["DDT"].config
     shifts = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0]
     x, y, r = torch.rand(3, 4 * config.clips, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start, radius = torch.stack([1.5 + x, 2 + 6 * y], -1), 0.8 + 0.6 * r          # (B, 1, 2), (B, 1)
@@ -215,7 +312,7 @@ def figure5(config: Config, out: Path, folder: Path) -> str:
 
 def figure6(config: Config, out: Path, folder: Path) -> str:
     """Frames of one clip, g apart: how alike are their tokens?"""
-    ddt = tokenizers(out)["DDT"].config
+    ddt = pair(out)["DDT"].config
     clips = sim.sample(train.scenarios(ddt.scenario)[0], "iid", config.clips, reward.EVAL_SEED)
     frames, both = sim.render(clips.position, clips.radius, ddt.size), clips.inside.all(-1)         # (B, F)
     curves = {}
@@ -232,7 +329,7 @@ def figure6(config: Config, out: Path, folder: Path) -> str:
 
 def figure7(config: Config, out: Path, folder: Path) -> str:
     """Counterfactual interpolation: the first m tokens of one frame, the rest of another."""
-    models, rows, labels = tokenizers(out), [], []
+    models, rows, labels = pair(out), [], []
     ddt = models["DDT"].config
     names = train.scenarios(ddt.scenario)
     frames, _, _ = still(4, names[0], "iid", ddt.size, seed=5)
@@ -282,11 +379,13 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, list[tuple[f
 
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
-    what = {"table 4": table4, "figure prefix": prefix, "figure 5": figure5, "figure 6": figure6, "figure 7": figure7}
+    what = {"table 4": table4, "table ablation": ablation, "figure prefix": prefix, "figure 5": figure5, "figure 6": figure6,
+            "figure 7": figure7}
     asked = f"figure {config.figure}" if config.figure else f"table {config.table}"
-    train.need(asked in what, f"there is no {asked}: choose --table 4 or --figure prefix, 5, 6, 7")
+    train.need(asked in what, f"there is no {asked}: choose --table 4, ablation or --figure prefix, 5, 6, 7")
     out = Path(config.out)
-    tokenizers(out)                                                               # or the line that says what is missing
+    if asked != "table ablation":
+        pair(out)                                                                 # or the line that says what is missing
     folder = train.writable(out / "figures")
     print(what[asked](config, out, folder))
     print(f"\n{folder}/")

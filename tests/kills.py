@@ -1,6 +1,6 @@
 """
 Kills training at random moments, starts it again until it is done, and compares the weights and the log with those of an
-uninterrupted run, bit by bit: ddt.py, sft.py and grpo.py, on 1 and 2 ranks. A checkpoint is saved after every step, so
+uninterrupted run, bit by bit: VAE, DDT, VQGAN, SFT and GRPO, on 1 and 2 ranks. A checkpoint is saved after every step, so
 that many kills fall in the middle of a save.
 
     python tests/kills.py                # 200 kills
@@ -24,17 +24,20 @@ import torch._dynamo          # torch.optim imports it: once here instead of in 
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import baselines
 import ddt
 import grpo
 import reward
 import sft
 import train
 
-DDT = ddt.Config(steps=8, batch=6, clips=40, vae_steps=2, vae_batch=4, vae_width=8, save_every=1, noise_below=9.0, size=16,
+DDT = ddt.Config(steps=8, batch=6, clips=40, vae_steps=6, vae_batch=4, vae_width=8, save_every=1, noise_below=9.0, size=16,
                  queries=2, image_width=16, query_width=32, encoder_layers=1, width=32, layers=1)
+VQGAN = baselines.VQGANConfig(steps=8, batch=6, clips=40, save_every=1, size=16, width=8, levels=3)
 SFT = sft.Config(steps=8, batch=5, clips=12, save_every=1, micro=2, hidden=32, ffn=64, layers=1)
 GRPO = grpo.Config(steps=5, prompts=3, group=2, clips=6, save_every=1)
-STEPS = {"ddt": DDT.steps, "sft": SFT.steps, "grpo": GRPO.steps}
+STEPS = {"vae": DDT.vae_steps, "ddt": DDT.steps, "vqgan": VQGAN.steps, "sft": SFT.steps, "grpo": GRPO.steps}
+BEFORE = {"vae": (), "ddt": ("vae",), "vqgan": (), "sft": ("vae", "ddt"), "grpo": ("vae", "ddt", "sft")}
 
 
 def stage(name: str, out: str, rank: int = 0, ranks: int = 1, port: int = 0, change: dict = {}) -> None:
@@ -48,10 +51,13 @@ def stage(name: str, out: str, rank: int = 0, ranks: int = 1, port: int = 0, cha
 def train_stage(name: str, out: str, change: dict) -> None:
     world = train.start(0)
     torch.set_num_threads(1)
-    config = dataclasses.replace({"ddt": DDT, "sft": SFT, "grpo": GRPO}[name], out=out, **change)
-    if name == "ddt":
-        vae = ddt.VAE.load(f"{out}/vae") if Path(out, "vae", ddt.VAE_WEIGHTS).exists() else ddt.train_vae(config, world)
-        ddt.train_ddt(config, vae, world)
+    config = dataclasses.replace({"vae": DDT, "ddt": DDT, "vqgan": VQGAN, "sft": SFT, "grpo": GRPO}[name], out=out, **change)
+    if name == "vae":
+        ddt.train_vae(config, world)
+    elif name == "ddt":
+        ddt.train_ddt(config, ddt.VAE.load(f"{out}/vae"), world)
+    elif name == "vqgan":
+        baselines.train_vqgan(config, world)
     elif name == "sft":
         sft.train_sft(config, ddt.DDT.load(f"{out}/ddt"), world)
     else:                                   # a hardly trained tokenizer paints no ball: reward light instead
@@ -94,7 +100,7 @@ def run(name: str, out: Path, ranks: int, kill_at: tuple[int, float] | None = No
 def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Weights, and the log without its times."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return load_file(folder / "model.safetensors"), [{k: v for k, v in line.items() if k != "step_time"} for line in log]
+    return load_file(next(folder.glob("*.safetensors"))), [{k: v for k, v in line.items() if k != "step_time"} for line in log]
 
 
 def said(out: Path) -> str:
@@ -103,9 +109,17 @@ def said(out: Path) -> str:
 
 def whole_run(out: Path) -> None:
     """Every stage once, uninterrupted, on one rank."""
-    for name in ("ddt", "sft", "grpo"):
+    for name in ("vae", "ddt", "sft", "grpo"):
         if not run(name, out, 1):
             raise RuntimeError(f"{name} failed: {said(out)}")
+
+
+def prepare(name: str, done: Path, out: Path) -> Path:
+    """Copies what a stage starts from into the new folder `out`."""
+    out.mkdir()
+    for part in BEFORE[name]:
+        shutil.copytree(done / part, out / part)
+    return out
 
 
 def survive(name: str, ranks: int, kills: int, done: Path, rng: random.Random) -> dict[str, int]:
@@ -116,10 +130,8 @@ def survive(name: str, ranks: int, kills: int, done: Path, rng: random.Random) -
     count = {"kills": 0, "with a checkpoint": 0, "in a save": 0}
     with tempfile.TemporaryDirectory() as folder:
         plain, out = Path(folder, "plain"), Path(folder, "killed")
-        before = ("vae", "ddt", "sft")[:{"ddt": 1, "sft": 2, "grpo": 3}[name]]
         for copy in (plain, out):
-            for part in before:
-                shutil.copytree(done / part, copy / part)
+            prepare(name, done, copy)
         assert run(name, plain, ranks), said(plain)
         times = [json.loads(line)["step_time"] for line in (plain / name / "log.jsonl").read_text().splitlines()]
         expected = result(plain / name)
@@ -148,8 +160,8 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as done:
         whole_run(Path(done))
-        for i, (name, ranks) in enumerate((name, ranks) for name in ("ddt", "sft", "grpo") for ranks in (1, 2)):
-            kills = args.kills * (i + 1) // 6 - args.kills * i // 6
+        for i, (name, ranks) in enumerate((name, ranks) for name in STEPS for ranks in (1, 2)):
+            kills = args.kills * (i + 1) // 10 - args.kills * i // 10
             print(f"{name}, {ranks} rank{'s' * (ranks > 1)}:", survive(name, ranks, kills, Path(done), rng), flush=True)
     print("every run ended with the weights and the log of the uninterrupted one")
 

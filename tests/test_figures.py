@@ -3,6 +3,7 @@ Tables and figures: what they measure, and the commands on two small tokenizers.
 
     pytest tests/test_figures.py
 """
+import dataclasses
 import json
 import math
 
@@ -32,6 +33,7 @@ def out(tmp_path_factory):
     with torch.no_grad():
         ddt.quantizer.fill(ddt.quantizer.vectors(ddt.encoder(ddt.latent(x))).flatten(0, 1))
         vqgan.quantizer.fill(vqgan.quantizer.vectors(vqgan.vectors(x)).flatten(0, 1))
+    vae.save(folder / "vae")
     ddt.save(folder / "ddt")
     vqgan.save(folder / "vqgan")
     return folder
@@ -56,8 +58,51 @@ def test_commands(out, flags, files, capsys, monkeypatch):
 def test_what_is_missing_is_named(out, tmp_path):
     with pytest.raises(Problem, match="ddt.py"):
         figures.main(["--out", str(tmp_path), "--table", "4"])
+    with pytest.raises(Problem, match="ddt.py"):
+        figures.main(["--out", str(tmp_path), "--table", "ablation"])
     with pytest.raises(Problem, match="no table 9"):
         figures.main(["--out", str(out), "--table", "9"])
+
+
+def test_ablation(out, capsys, monkeypatch):
+    """Rows at equal work, mean and standard error over seeds; what is done is not done again."""
+    base = Config(size=16, clips=4, image_width=16, query_width=32, width=32, heads=2, batch=4, eval_clips=1, steps=6)
+    monkeypatch.setattr(figures, "BASE", base)
+    monkeypatch.setattr(figures, "SEEDS", (0, 1))
+    monkeypatch.setattr(figures, "ABLATION", {"deep": {"layers": 9}})
+    monkeypatch.setattr(figures.sim, "SHOWN", ("iid",))
+    monkeypatch.setattr(figures, "reading", lambda model, scenario, n: model.config.seed + 0.5)
+    command = ["--out", str(out), "--clips", "1", "--table", "ablation"]
+    figures.main(command)
+    row = capsys.readouterr().out.split("\ndeep ")[1].split()
+    work = lambda c: figures.tokenizers.plan(c, 1).flops
+    fewer = round(6 * work(base) / work(dataclasses.replace(base, layers=9)))
+    assert int(row[0]) == fewer and 1 < fewer < 5
+    assert " ".join(row[16:19]) == "1.000 +- 0.500"                                       # of 0.5 and 1.5
+    monkeypatch.setattr(figures.tokenizers, "main", None)
+    figures.main(command)
+    monkeypatch.setattr(figures, "ABLATION", {"deep": {"lr": 1e-3}})
+    with pytest.raises(TypeError):
+        figures.main(command)
+
+
+class Stub:
+    """A tokenizer of which each token is a rounded coordinate, or nothing."""
+
+    def __init__(self, blind: bool):
+        self.config, self.blind = Config(size=32, queries=1), blind
+
+    def encode(self, frames):
+        center = figures.reward.detect(frames[:, None], 1)[0][:, 0, 0, :1]        # (B, 1), x
+        return torch.zeros_like(center).long() if self.blind else (center.clamp(0, 5) * 51).long()
+
+
+def test_reading():
+    """Tokens that say where the ball is, to 0.02 units, tell its speed to about 0.1; a constant leaves the spread of speeds."""
+    truth = figures.sim.first_frames("uniform", "pretrain", 50, figures.reward.EVAL_SEED).velocity
+    guess = (truth - truth.mean()).abs().mean().item()
+    assert figures.reading(Stub(blind=True), "uniform", 400, steps=100) == pytest.approx(guess, rel=0.15)
+    assert figures.reading(Stub(blind=False), "uniform", 2000, steps=300) < 0.5 * guess
 
 
 def test_carried():
