@@ -6,10 +6,10 @@ VQGAN (Esser et al. 2021), spatial tokens for the same language model:
     frame -> convolutions -> 4 x 4 grid of vectors -> nearest of 256 codes (the same EMA-VQ) -> convolutions -> frame
 
 A token says what is in its cell of the picture, not what a step of a diffusion has destroyed; the tokens of a frame go to the
-language model row by row. The convolutions are the VAE's of ddt.py, one level deeper. Choices where the paper is silent:
+language model row by row. The convolutions are the VAE's of ddt.py. Choices where the paper is silent:
 
-1. Loss: squared error + commitment. A perceptual loss needs a network trained on photographs; there is nothing of them in a
-   disc on white.
+1. Loss: squared error + commitment, without VQGAN's two others. A perceptual loss needs a network trained on photographs, and
+   there is nothing of them in a disc on white; a discriminator has not been tried.
 2. Quantization starts after a tenth of the training. A convolution depends on the picture from the first step, so that no
    more waiting is needed; and one linear layer serves all cells, for a ball looks the same in every one.
 
@@ -18,14 +18,15 @@ DiT (PhyWorld, Kang et al. 2024, https://arxiv.org/abs/2411.02385), a video diff
     latents of 32 frames, noisy, + those of the first 3, clean -> attention over space and time -> v-prediction -> DDIM
 
 Sizes, full space-time attention, 3D rope, how the first frames are given, v-prediction with zero terminal SNR and the optimizer
-are PhyWorld's, as far as they are known (its training code is not public). Choices where it is silent, and differences:
+are PhyWorld's, as far as they are known (its training code is not public; memory is not planned here). Choices where it is
+silent, and differences:
 
 3. One modulation for all blocks and a table for each (as PixArt has it): the published parameter counts say so.
-4. The loss is of the predicted frames. 25 DDIM steps. q and k are RMS-normalised.
+4. DDPM's linear noise levels, stretched. The loss is of the predicted frames. 25 DDIM steps. q and k are RMS-normalised.
 5. No horizontal flips: uniform balls only move to the right.
 
-    python baselines.py vqgan                               # trains it in runs/tiny/vqgan
-    python sft.py --tokenizer vqgan --out runs/tiny-vqgan   # the same language model on its tokens
+    python baselines.py vqgan                               # trains it in runs/tiny/vqgan, for figures.py
+    python sft.py --tokenizer vqgan --out runs/tiny-vqgan   # trains one there, and the same language model on its tokens
     python baselines.py dit                                 # trains it in runs/tiny/dit, on the VAE of runs/tiny
     python baselines.py dit --preset B --out runs/paper     # PhyWorld's DiT-B; S and L likewise
 
@@ -33,6 +34,7 @@ Axes: B batch, F frames, C latent channels, H W pixels, h w latent cells, K = ce
 N codes.
 """
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +165,7 @@ def train_vqgan(config: VQGANConfig, world: train.World) -> VQGAN:
     folder = train.writable(Path(config.out, "vqgan"))
     torch.manual_seed(config.seed)
     vqgan = VQGAN(config).to(world.device)
-    world.say(f"VQGAN: {millions(vqgan)} parameters, {config.queries} tokens a frame, {config.steps} steps of {config.batch} frames")
+    world.say(f"VQGAN: {millions(vqgan)} parameters, {config.queries} tokens a frame, {config.steps} steps of {config.batch}")
     data, q = Frames(config, world.device), vqgan.quantizer
     world.compile(vqgan.encoder, vqgan.decoder)
     model = train.distribute(vqgan, world)
@@ -181,7 +183,7 @@ def train_vqgan(config: VQGANConfig, world: train.World) -> VQGAN:
                 q.update(result["vectors"].flatten(0, 1), result["codes"].flatten())
             run.log(**{name: train.total(result[name].sum()) / config.batch for name in ("mse", "commitment")}, **q.usage())
     if world.is_main:
-        reward.drop_rows(folder.parent / "results.json", "VQGAN", "SFT", "SFT + RL")
+        reward.drop_rows(folder.parent / "results.json", "VQGAN")
     train.finish(folder, vqgan.save, config, vqgan, world)
     return vqgan.eval().requires_grad_(False)
 
@@ -263,7 +265,7 @@ class DiTConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip: float = 1.0           # gradient norm; 0: no clipping
-    eval_clips: int = 192       # per split of the result table
+    eval_clips: int = 256       # per split of the result table
 
 
 # S, B, L: PhyWorld's. `tiny`, `small`: as many parameters as sft.py's language models.
@@ -371,16 +373,20 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def sample(self, given: Tensor, noise: Tensor) -> Tensor:
-        """DDIM from noise (B, F, C, h, w) at the last level: given (B, 3, C, h, w) -> latents (B, F, C, h, w)."""
+        """
+        DDIM from noise (B, F, C, h, w) at the last level: given (B, 3, C, h, w) -> latents (B, F, C, h, w). The given frames
+        are as noisy as the others all the way, as in training; no loss has taught the model to denoise them.
+        """
         last = self.config.levels - 1
         levels = torch.linspace(last, 0, self.config.calls + 1).round().long()[:-1].tolist()
-        x = noise
+        x = noise.clone()
         for t, then in zip(levels, [*levels[1:], None]):
+            x[:, :CONDITION] = self.alpha[t] * given + self.sigma[t] * noise[:, :CONDITION]
             v = self.velocity(x, torch.full((len(x),), t, device=x.device), given)
             clean = self.alpha[t] * x - self.sigma[t] * v
             if then is not None:
                 x = self.alpha[then] * clean + self.sigma[then] * (self.sigma[t] * x + self.alpha[t] * v)
-        return clean
+        return torch.cat([given, clean[:, CONDITION:]], 1)
 
     @torch.no_grad()
     def latent(self, frames: Tensor) -> Tensor:
@@ -425,6 +431,7 @@ def train_dit(config: DiTConfig, vae: VAE, world: train.World) -> DiT:
     dit = DiT(config, vae).to(world.device)
     data = Frames(config, world.device)
     clips, B, parts = len(data) // sim.FRAMES, config.batch, world.parts(config.batch, config.micro)
+    shape = sim.FRAMES, dit.channels, config.size // vae.shrink, config.size // vae.shrink
     world.say(f"DiT: {sum(p.numel() for p in dit.parameters() if p.requires_grad) / 1e6:.2f}M parameters, {config.steps} steps of "
               f"{B} clips of {len(dit.angle)} vectors, {clips} clips")
     world.compile(*dit.blocks)
@@ -434,19 +441,21 @@ def train_dit(config: DiTConfig, vae: VAE, world: train.World) -> DiT:
         for clip, t, noise in zip(*(x.tensor_split(parts) for x in (rows, *batch))):
             frames = data[(clip[:, None] * sim.FRAMES + torch.arange(sim.FRAMES)).flatten()]
             with world.autocast():
-                latent = dit.latent(frames.unflatten(0, (len(clip), -1))).float()
-                yield model(latent, t, noise).sum() / B
+                latent = dit.latent(frames.unflatten(0, (len(clip), sim.FRAMES))).float()
+                loss = model(latent, t, noise).sum() / B
+            yield loss
 
     with train.Run(folder, dit, config, world, show=("loss",)) as run:
         for step in run:
             model.train()
-            generator = train.generator(config.seed, step)
-            t = torch.randint(config.levels, (B,), generator=generator)
-            noise = torch.randn(B, sim.FRAMES, dit.channels, *2 * [config.size // vae.shrink], generator=generator)
-            t, noise = (world.share(x).to(world.device) for x in (t, noise))
-            run.update(model, losses(world.share(train.rows(config.seed, step, B, clips)), t, noise), parts)
+            t = torch.randint(config.levels, (B,), generator=train.generator(config.seed, step))
+            noise = torch.stack([torch.randn(shape, generator=train.generator(config.seed, step, i))      # of one's own clips only
+                                 for i in world.share(torch.arange(B)).tolist()])
+            rows = world.share(train.rows(config.seed, step, B, clips))
+            run.update(model, losses(rows, world.share(t).to(world.device), noise.to(world.device)), parts)
     if world.is_main:
-        reward.drop_rows(folder.parent / "results.json", "DiT")
+        path = folder.parent / "results.json"
+        reward.drop_rows(path, *(row for row in reward.read(path) if row.startswith("DiT")))
     train.finish(folder, dit.save, config, dit, world)
     return dit.eval().requires_grad_(False)
 
@@ -456,20 +465,28 @@ def dit_main(argv: list[str] | None) -> None:
     names = train.scenarios(c.scenario)
     train.need(c.width % (2 * c.heads) == 0 and c.width // c.heads >= 6,
                f"--width {c.width} must divide by twice --heads {c.heads}, into at least 6 a head")
-    train.need(c.calls <= c.levels, f"--calls {c.calls}: at most the {c.levels} of --levels")
+    train.need(1 < c.levels >= c.calls, f"--levels {c.levels}: at least 2, and at least the {c.calls} of --calls")
     world = train.start(c.seed)
     out = train.writable(Path(c.out))
-    train.need((out / "vae" / VAE_WEIGHTS).exists(), f"{out / 'vae'} is missing: make it with `python ddt.py --out {out}`")
+    preset = c.preset if c.preset in VQGAN_PRESETS else "paper --vae DIR"
+    train.need((out / "vae" / VAE_WEIGHTS).exists(),
+               f"{out / 'vae'} is missing: make it with `python ddt.py --preset {preset} --out {out}`")
+    note = out / "vae" / "trained.json"                     # of one that ddt.py has trained
+    made = json.loads(note.read_text()) if note.exists() else {"size": c.size, "scenario": "all"}
+    train.need(made["size"] == c.size and set(names) <= set(train.scenarios(made["scenario"])),
+               f"{out / 'vae'} was trained on {made['scenario']}, {made['size']} pixels; this asks for {c.scenario}, {c.size}: "
+               "choose another --out")
     train.occupy(out, world)
     if c.fresh:
         train.discard(out / "dit")
     if train.is_trained(out / "dit", "model.safetensors", c, world):
         train.made_of(out / "dit", vae=out / "vae" / VAE_WEIGHTS)
         dit = DiT.load(out / "dit").to(world.device)
+        dit.config.calls = c.calls
     else:
         dit = train_dit(config, VAE.load(out / "vae").to(world.device), world)
     if world.is_main:
-        reward.add_row(out / "results.json", "DiT", dit.predictor(), names, sim.SHOWN, c.eval_clips, size=c.size,
+        reward.add_row(out / "results.json", f"DiT, {c.calls} calls", dit.predictor(), names, sim.SHOWN, c.eval_clips, size=c.size,
                        device=world.device)
         print(reward.table(out / "results.json"))
     train.wait(world)

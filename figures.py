@@ -9,7 +9,7 @@ The paper's tables and figures, from what a run folder holds.
     python figures.py --figure 7            # one frame's tokens replaced by another's, span by span
 
 Each reads the tokenizers of runs/tiny (--out), says which command makes what is missing, and writes <out>/figures/: a PNG, and
-the numbers as JSON. A table goes on where it was stopped.
+the numbers as JSON. A table goes on where it was stopped. One process, on the GPU if there is one.
 
 Axes: B frames, F frames of a clip, K tokens of a frame, N codes.
 """
@@ -48,17 +48,32 @@ PRESETS = {"tiny": {}, "small": {}, "paper": {}}        # the run folder's
 # ------------------------------------------------------------------ what is measured
 
 
-def pair(out: Path) -> dict[str, DDT | VQGAN]:
-    """DDT and VQGAN of a run folder."""
-    for folder, command in (("ddt", "ddt.py"), ("vqgan", "baselines.py vqgan")):
-        train.need((out / folder / "model.safetensors").exists(),
-                   f"{out / folder} is missing: make it with `python {command} --out {out}`")
-    return {"VQGAN": VQGAN.load(out / "vqgan"), "DDT": DDT.load(out / "ddt")}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(config: Config, model: type[DDT] | type[VQGAN]) -> DDT | VQGAN:
+    """The DDT or VQGAN of the run folder, or one line that says how to make it."""
+    name, script = ("ddt", "ddt.py") if model is DDT else ("vqgan", "baselines.py vqgan")
+    train.need(Path(config.out, name, "model.safetensors").exists(), f"{config.out}/{name} is missing: make it with "
+               f"`python {script} --preset {config.preset} --out {config.out}`")
+    return model.load(Path(config.out, name)).to(DEVICE)
+
+
+def both(config: Config) -> dict[str, DDT | VQGAN]:
+    ddt, vqgan = load(config, DDT), load(config, VQGAN)
+    train.need((ddt.config.size, ddt.config.scenario) == (vqgan.config.size, vqgan.config.scenario),
+               f"{config.out}: the DDT is of {ddt.config.scenario}, {ddt.config.size} pixels, the VQGAN of "
+               f"{vqgan.config.scenario}, {vqgan.config.size}: train one of them again with --fresh")
+    return {"VQGAN": vqgan, "DDT": ddt}
 
 
 def in_chunks(f: Callable[..., Tensor], *x: Tensor) -> Tensor:
-    """f over rows, 64 at a time."""
-    return torch.cat([f(*part) for part in zip(*(y.split(64) for y in x))])
+    """f over rows, 64 at a time, on the device; the result is on the CPU."""
+    return torch.cat([f(*(y.to(DEVICE) for y in part)).cpu() for part in zip(*(y.split(64) for y in x))])
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(0)
 
 
 def still(n: int, scenario: str, split: str, size: int, seed: int = reward.EVAL_SEED) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,15 +86,18 @@ def still(n: int, scenario: str, split: str, size: int, seed: int = reward.EVAL_
 def carried(codes: Tensor, attributes: Tensor) -> list[dict]:
     """
     What each token says: codes (B, K), attributes (B, A) -> per token the codes in use, their perplexity, the entropy in
-    bits, and the share of each attribute's variance that the code explains.
+    bits, and the share of each attribute's variance that the code explains: in the second half of the rows, with each code's
+    mean from the first. (On the same rows, a hundred codes would explain a good part of anything.)
     """
-    rows = []
+    rows, half = [], len(codes) // 2
+    known, unknown = attributes[:half], attributes[half:]
     for k in range(codes.shape[1]):
         _, inverse, count = codes[:, k].unique(return_inverse=True, return_counts=True)
         p = count / count.sum()
-        total = torch.zeros(len(count), attributes.shape[1], dtype=attributes.dtype).index_add_(0, inverse, attributes)
-        mean = total / count[:, None]
-        explained = 1 - (attributes - mean[inverse]).square().mean(0) / attributes.var(0, correction=0)
+        total = torch.zeros(len(count), known.shape[1], dtype=known.dtype).index_add_(0, inverse[:half], known)
+        seen = torch.bincount(inverse[:half], minlength=len(count))[:, None]
+        mean = torch.where(seen > 0, total / seen.clamp(min=1), known.mean(0))
+        explained = 1 - (unknown - mean[inverse[half:]]).square().mean(0) / unknown.var(0, correction=0)
         bits = -(p * p.log2()).sum().item()
         rows.append({"codes": len(count), "perplexity": 2 ** bits, "bits": bits, "explained": explained.tolist()})
     return rows
@@ -98,24 +116,26 @@ STEPS = (4, 16, 50)
 
 
 def table4(config: Config, out: Path, folder: Path) -> str:
-    models = pair(out)
-    ddt, path = models["DDT"], folder / "table4.json"
+    models = both(config)
+    ddt, path, note = models["DDT"], folder / "table4.json", folder / "table4.of.json"
     names, size = train.scenarios(ddt.config.scenario), ddt.config.size
 
     def euler(n):
         def predict(frames):
-            generator = torch.Generator().manual_seed(0)
-            return in_chunks(lambda x: ddt.decode(ddt.encode(x), n, generator), frames.flatten(0, 1)).view_as(frames)
+            generator = seeded()
+            return in_chunks(lambda x: ddt.decode(ddt.encode(x), n, generator), frames.flatten(0, 1)).to(DEVICE).view_as(frames)
         return predict
 
     rows = {"ground truth": lambda frames: frames, "VAE": reconstruction(ddt.vae), "VQGAN": reconstruction(models["VQGAN"]),
             "DDT": reconstruction(ddt)} | {f"DDT, {n} Euler steps": euler(n) for n in STEPS}
-    stamp = {name: model.quantizer.codebook.double().sum().item() for name, model in models.items()}
-    if path.exists() and json.loads(path.read_text()).get("of") != stamp:
-        path.unlink()                                                             # other tokenizers than these
+    stamp = {name: train.checksum(out / name / "model.safetensors") for name in ("ddt", "vqgan")}
+    if reward.read(note) != stamp:                                                # a table of other tokenizers than these
+        path.unlink(missing_ok=True)
+        reward.write(note, stamp)
     for row, predict in rows.items():
         for name in names:
-            reward.add_row(path, row, predict, [name], ("iid", *sim.levels(name)), config.clips, size=size, shown=sim.FRAMES)
+            reward.add_row(path, row, predict, [name], ("iid", *sim.levels(name)), config.clips, size=size, shown=sim.FRAMES,
+                           device=DEVICE)
     return "\n".join([reward.table(path), *(what_codes_say(model, name, kind, config) for name in names
                                            for kind, model in models.items())])
 
@@ -124,13 +144,14 @@ def what_codes_say(model: DDT | VQGAN, scenario: str, kind: str, config: Config)
     """Per token of held-out frames: codes in use, bits, and what of positions and radii they explain."""
     clips = sim.sample(scenario, "iid", 8 * config.clips, reward.EVAL_SEED)
     inside, N = clips.inside.all(-1), clips.radius.shape[1]                       # (B, F)
-    frames = sim.render(clips.position, clips.radius, model.config.size)[inside]
+    paint = lambda position, radius: sim.render(position, radius, model.config.size)
+    frames = in_chunks(paint, clips.position, clips.radius)[inside]               # (n, 3, H, W)
     attributes = torch.cat([clips.position.flatten(2), clips.radius[:, None].expand(-1, sim.FRAMES, -1)], -1)[inside]
     labels = [f"{axis}{i + 1}" for i in range(N) for axis in "xy"] + [f"r{i + 1}" for i in range(N)]
     codes = in_chunks(model.encode, frames)                                       # (n, K)
-    again = in_chunks(lambda c: model.encode(model.decode(c, generator=torch.Generator().manual_seed(0))), codes)
+    again = in_chunks(lambda c: model.encode(model.decode(c, generator=seeded())), codes)
     rows = carried(codes, attributes)
-    lines = [f"\n{scenario}, {kind}: {len(codes.unique())} codes in use, {sum(r['bits'] for r in rows):.1f} bits a frame, "
+    lines = [f"\n{scenario}, {kind}: {len(codes.unique())} codes in use, at most {sum(r['bits'] for r in rows):.1f} bits a frame, "
              f"encode(decode(codes)) keeps {(again == codes).double().mean():.1%} of the codes",
              "token   codes  perplexity    bits   variance explained: " + "  ".join(f"{label:>5s}" for label in labels)]
     return "\n".join(lines + [f"{k + 1:5d}{r['codes']:8d}{r['perplexity']:12.1f}{r['bits']:8.2f}" + " " * 22 +
@@ -145,12 +166,14 @@ ABLATION = {                        # one factor at a time
     "twice the budget": {"steps": 4000},
     "16 tokens": {"queries": 16},
     "4 tokens": {"queries": 4},
-    "codes of 4 dimensions": {"code_dim": 4},
+    "codes of 4 dimensions": {"code_dim": 4, "token_noise": 0.4},       # as long a noise vector: 0.2 sqrt(16 / 4)
     "all tokens at every time": {"prefix": "all"},
-    "no steps of pure noise": {"pure_noise": 0.0},
+    "no pure noise (nor what waits for it)": {"pure_noise": 0.0},     # past_plateau is measured there: no token noise, no crowding
+    "no token noise, no crowding": {"token_noise": 0.0, "spread": 0.0},
     "6 in 10 of pure noise": {"pure_noise": 0.6},
     "time not skewed": {"shift": 1.0},
-    "decoder 4, encoder 3 layers": {"layers": 4, "encoder_layers": 3},
+    "decoder 3 layers": {"layers": 3},
+    "encoder 2 layers": {"encoder_layers": 2},
     "no crowding term": {"spread": 0.0},
     "VAE of 150 steps": {"vae_steps": 150},
 }
@@ -158,30 +181,34 @@ ABLATION = {                        # one factor at a time
 
 def ablation(config: Config, out: Path, folder: Path) -> str:
     """
-    Tokenizers that differ in one factor from ddt.py's defaults, trained in <out>/ablation: mean and standard error over
-    seeds. All stand on the VAE of <out>, but for those whose VAE differs.
+    `tiny` tokenizers of uniform motion that differ from ddt.py's defaults, trained in <out>/ablation: mean and standard error
+    over seeds. All stand on the VAE of <out>, but for those whose VAE differs.
     """
-    train.need((out / "vae").exists(), f"{out / 'vae'} is missing: make it with `python ddt.py --out {out}`")
-    path = folder / "ablation.json"
-    done = json.loads(path.read_text()) if path.exists() else {}
-    lines = [f"{'steps':>35s}" + "".join(f"{name:>18s}" for name in QUALITY)]
+    train.need(config.preset == "tiny", "the ablation is of `tiny`")
+    vae = out / "vae" / tokenizers.VAE_WEIGHTS
+    train.need(vae.exists(), f"{out / 'vae'} is missing: make it with `python ddt.py --out {out}`")
+    path, work = folder / "ablation.json", tokenizers.plan(BASE, 1).flops
+    done = reward.read(path)
+    lines = [f"{'steps':>43s}" + "".join(f"{name:>18s}" for name in QUALITY)]
     for name, change in ABLATION.items():
         c = dataclasses.replace(BASE, **change)
         if "steps" not in change:
-            c.steps = round(BASE.steps * tokenizers.plan(BASE, 1).flops / tokenizers.plan(c, 1).flops)
+            c.steps = round(BASE.steps * work / tokenizers.plan(c, 1).flops)
         c.warmup, c.vae = max(c.steps // 5, 1), "" if "vae_steps" in change else str(out / "vae")
         rows = []
         for seed in SEEDS:
-            c.seed, c.out = seed, str(out / "ablation" / f"{name}-{seed}".replace(" ", "-").replace(",", ""))
-            flags = [text for field in dataclasses.fields(c) if getattr(c, field.name) != field.default
-                     for text in (f"--{field.name}", str(getattr(c, field.name)))]
-            if done.get(c.out, {}).get("flags") != flags:
-                tokenizers.main(flags)
-                done[c.out] = {"flags": flags, "quality": quality(Path(c.out), config.clips)}
-                path.write_text(json.dumps(done, indent=1) + "\n")
-            rows.append(done[c.out]["quality"])
+            run = f"{name}-{seed}".replace(" ", "-").replace(",", "")
+            c.seed, c.out = seed, str(out / "ablation" / run)
+            of = dataclasses.asdict(c) | {"out": "", "clips measured": config.clips, "VAE": train.checksum(vae) if c.vae else ""}
+            if done.get(run, {}).get("of") != of:
+                flags = [text for field in dataclasses.fields(c) if getattr(c, field.name) != field.default
+                         for text in (f"--{field.name}", str(getattr(c, field.name)))]
+                tokenizers.main(flags + ["--fresh"] * (run in done))
+                done[run] = {"of": of, "quality": quality(Path(c.out), config.clips)}
+                reward.write(path, done)
+            rows.append(done[run]["quality"])
         x = torch.tensor(rows, dtype=torch.float64)
-        lines.append(f"{name:29s}{c.steps:6d}" + "".join(f"{mean:9.3f} +-{se:6.3f}" for mean, se in zip(
+        lines.append(f"{name:37s}{c.steps:6d}" + "".join(f"{mean:9.3f} +-{se:6.3f}" for mean, se in zip(
             x.mean(0), x.std(0) / math.sqrt(len(rows)))))
     return "\n".join(lines)
 
@@ -194,12 +221,12 @@ def quality(folder: Path, clips: int) -> list[float]:
     Of a tokenizer in a run folder, uniform motion: median centre error; radius and drift error of reconstructed iid clips;
     codes in use; bits a frame; and `reading`, the mean error of a speed read from the tokens of a clip's first three frames.
     """
-    model, name = DDT.load(folder / "ddt"), "uniform"
-    center, used = center_error(model, name, "cpu", 4 * clips)
+    model, name = DDT.load(folder / "ddt").to(DEVICE), "uniform"
+    center, used = center_error(model, name, DEVICE, 4 * clips)
     row = json.loads((folder / "results.json").read_text())["DDT"][name]["iid"]
     seen = sim.sample(name, "iid", 4 * clips, reward.EVAL_SEED)
-    codes = in_chunks(model.encode, sim.render(seen.position, seen.radius, model.config.size).flatten(0, 1))
-    bits = sum(token["bits"] for token in carried(codes, seen.position[..., 0].flatten(0, 1)))
+    frames = sim.render(seen.position, seen.radius, model.config.size)[seen.inside.all(-1)]
+    bits = sum(token["bits"] for token in carried(in_chunks(model.encode, frames), torch.zeros(len(frames), 1)))
     return [center, row["radius_error"], row["drift_error"], used, bits, reading(model, name, 200 * clips)]
 
 
@@ -216,7 +243,7 @@ def reading(model: DDT | VQGAN, scenario: str, n: int, steps: int = 1000) -> flo
         return codes + torch.arange(codes.shape[1]) * 256, clips.velocity[:, :1].float()
 
     (codes, speed), (held_out, truth) = drawn(n, 0), drawn(max(n // 8, 1), reward.EVAL_SEED)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):                                       # the MLP is too small for a GPU
         torch.manual_seed(0)
         D = 64 * codes.shape[1]
         mlp = nn.Sequential(nn.Embedding(256 * codes.shape[1], 64), nn.Flatten(), nn.Linear(D, 256), nn.GELU(),
@@ -241,15 +268,16 @@ def prefix(config: Config, out: Path, folder: Path) -> str:
     Reconstruction from the first k tokens: from pure noise, where training always shows all K; and at the time that k tokens
     belong to, t(k / K), where the noisy frame itself helps, beside the same frame without any token.
     """
-    ddt = pair(out)["DDT"]
+    ddt = load(config, DDT)
     K, name = ddt.config.queries, train.scenarios(ddt.config.scenario)[0]
     frames, position, radius = still(8 * config.clips, name, "iid", ddt.config.size)
-    latent, tokens = ddt.latent(frames), ddt.quantizer.codebook[ddt.ordered(ddt.encode(frames))]
+    latent, codes = in_chunks(ddt.latent, frames), in_chunks(ddt.encode, frames)
+    tokens = ddt.quantizer.codebook.cpu()[ddt.ordered(codes)]
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
 
     def measured(x: Tensor, t: float, k: int) -> tuple[dict[str, float], Tensor]:
         def paint(x, tokens):
-            clean = ddt.decoder(x, torch.full((len(x),), t), tokens, torch.full((len(x),), k))
+            clean = ddt.decoder(x, x.new_full((len(x),), t), tokens, torch.full((len(x),), k, device=DEVICE))
             return (ddt.vae.decode(clean) / 2 + 0.5).clamp(0, 1)
         with torch.no_grad():
             painted = in_chunks(paint, x, tokens)
@@ -277,14 +305,17 @@ def prefix(config: Config, out: Path, folder: Path) -> str:
 def embedders(config: Config, out: Path) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Name -> (frames (B, 3, H, W), positions (B, N, 2)) -> embeddings (B, L, D), L vectors to be compared one by one."""
     def of_tokens(model):
-        return lambda frames, position: model.quantizer.codebook[in_chunks(model.encode, frames)]
-    found = {name: of_tokens(model) for name, model in pair(out).items()}
+        return lambda frames, position: model.quantizer.codebook.cpu()[in_chunks(model.encode, frames)]
+    found = {name: of_tokens(model) for name, model in both(config).items()}
     if config.llm:
-        table, text = Llama.load(config.llm, torch.float32).model["embed_tokens"].weight, Tokenizer.load(config.llm)
+        try:
+            table, text = Llama.load(config.llm).model["embed_tokens"].weight, Tokenizer.load(config.llm)
+        except ValueError as error:
+            raise train.Problem(f"--llm {config.llm}: {error}") from None
 
         def coordinates(frames, position):
             ids = [text.encode(" ".join(f"{x:.2f}" for x in row), bos=False) for row in position.flatten(1).tolist()]
-            return torch.stack([table[torch.tensor(i)].mean(0, keepdim=True) for i in ids])         # (B, 1, D)
+            return torch.stack([table[torch.tensor(i)].float().mean(0, keepdim=True) for i in ids])     # (B, 1, D)
         found["text"] = coordinates
     return found
 
@@ -296,7 +327,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 
 def figure5(config: Config, out: Path, folder: Path) -> str:
     """Balls are moved to the right: how alike are the tokens of before and after?"""
-    ddt = pair(out)["DDT"].config
+    ddt = load(config, DDT).config
     shifts = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0]
     x, y, r = torch.rand(3, 4 * config.clips, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start, radius = torch.stack([1.5 + x, 2 + 6 * y], -1), 0.8 + 0.6 * r          # (B, 1, 2), (B, 1)
@@ -312,7 +343,7 @@ def figure5(config: Config, out: Path, folder: Path) -> str:
 
 def figure6(config: Config, out: Path, folder: Path) -> str:
     """Frames of one clip, g apart: how alike are their tokens?"""
-    ddt = pair(out)["DDT"].config
+    ddt = load(config, DDT).config
     clips = sim.sample(train.scenarios(ddt.scenario)[0], "iid", config.clips, reward.EVAL_SEED)
     frames, both = sim.render(clips.position, clips.radius, ddt.size), clips.inside.all(-1)         # (B, F)
     curves = {}
@@ -329,16 +360,16 @@ def figure6(config: Config, out: Path, folder: Path) -> str:
 
 def figure7(config: Config, out: Path, folder: Path) -> str:
     """Counterfactual interpolation: the first m tokens of one frame, the rest of another."""
-    models, rows, labels = pair(out), [], []
+    models, rows, labels = both(config), [], []
     ddt = models["DDT"].config
     names = train.scenarios(ddt.scenario)
     frames, _, _ = still(4, names[0], "iid", ddt.size, seed=5)
     for a, b in ((0, 1), (2, 3)):
         for name, model in models.items():
-            codes, K = model.encode(frames), model.config.queries
+            codes, K = in_chunks(model.encode, frames), model.config.queries
             shares = [K * i // 8 for i in range(9)]
             mixed = torch.stack([torch.cat([codes[b, :m], codes[a, m:]]) for m in shares])
-            painted = model.decode(mixed, generator=torch.Generator().manual_seed(0))
+            painted = in_chunks(lambda c: model.decode(c, generator=seeded()), mixed)
             rows.append(torch.cat([frames[a:a + 1], painted, frames[b:b + 1]]))
             labels.append(name)
     sim.save_strip(folder / "figure7.png", rows, labels, every=1, pixels=64)
@@ -355,19 +386,20 @@ COLORS = ((200, 40, 40), (40, 80, 200), (30, 140, 60), (150, 90, 20), (120, 60, 
 
 
 def chart(path: Path, x_label: str, y_label: str, curves: dict[str, list[tuple[float, float]]], width=640, height=400) -> None:
-    """Curves {name: [(x, y), ...]} as a PNG, axes from 0."""
+    """Curves {name: [(x, y), ...]} as a PNG, axes from 0 or the least y."""
     x_max = max(x for points in curves.values() for x, _ in points)
-    y_max = 1.05 * max([y for points in curves.values() for _, y in points if math.isfinite(y)], default=1.0)
+    y = [y for points in curves.values() for _, y in points if math.isfinite(y)]
+    y_min, y_max = min([0.0, *y]), 1.05 * max(y, default=1.0)
     left, right, top, bottom = 60, width - 20, 30, height - 45
-    place = lambda x, y: (left + (right - left) * x / x_max, bottom - (bottom - top) * y / y_max)
+    place = lambda x, y: (left + (right - left) * x / x_max, bottom - (bottom - top) * (y - y_min) / (y_max - y_min))
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
-    draw.line([place(0, y_max), place(0, 0), place(x_max, 0)], fill="black")
+    draw.line([place(0, y_max), place(0, y_min), place(x_max, y_min)], fill="black")
     for i in range(6):
-        x, y = place(x_max * i / 5, 0), place(0, y_max * i / 5)
-        draw.text((x[0] - 12, bottom + 6), f"{x_max * i / 5:.3g}", fill="black")
-        draw.text((8, y[1] - 6), f"{y_max * i / 5:.2g}", fill="black")
-        draw.line([y, place(x_max, y_max * i / 5)], fill=(225, 225, 225))
+        x, y = x_max * i / 5, y_min + (y_max - y_min) * i / 5
+        draw.text((place(x, 0)[0] - 12, bottom + 6), f"{x:.3g}", fill="black")
+        draw.text((8, place(0, y)[1] - 6), f"{y:.2g}", fill="black")
+        draw.line([place(0, y), place(x_max, y)], fill=(225, 225, 225))
     draw.text((left + (right - left) / 2 - 3 * len(x_label), height - 20), x_label, fill="black")
     draw.text((8, 8), y_label, fill="black")
     for i, (name, points) in enumerate(curves.items()):
@@ -384,8 +416,7 @@ def main(argv: list[str] | None = None) -> None:
     asked = f"figure {config.figure}" if config.figure else f"table {config.table}"
     train.need(asked in what, f"there is no {asked}: choose --table 4, ablation or --figure prefix, 5, 6, 7")
     out = Path(config.out)
-    if asked != "table ablation":
-        pair(out)                                                                 # or the line that says what is missing
+    train.need(train.start(0).size == 1, "figures.py runs in one process: leave torchrun out")
     folder = train.writable(out / "figures")
     print(what[asked](config, out, folder))
     print(f"\n{folder}/")

@@ -232,17 +232,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         B, S, _ = x.shape
-        q, k, v = (f(x).view(B, S, -1, self.head_dim).transpose(1, 2)             # (B, H, S, d)
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # (B, H, S, d)
                    for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)                                  # (B, H_kv, length + S, d)
         if S == 1:      # the heads that share keys become the rows of one small attention: nothing is repeated
             x = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
-            return self.o_proj(x.reshape(B, 1, -1))
+            return self.o_proj(x.reshape(B, 1, self.o_proj.in_features))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(x.transpose(1, 2).reshape(B, S, -1))
+        return self.o_proj(x.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

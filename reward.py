@@ -206,7 +206,7 @@ COLUMNS = ("velocity_error", "drift_error", "radius_error", "missing", "reward")
 EVAL_SEED = 1_000_003       # of the result tables. No training uses it, so that its clips are held out
 
 
-def _read(path: Path) -> dict:
+def read(path: Path) -> dict:
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except json.JSONDecodeError as error:
@@ -219,24 +219,24 @@ def add_row(path: Path, row: str, predict: Callable[[Tensor], Tensor], scenarios
     Evaluates a model on every scenario and split and adds the results to a JSON file: {row: {scenario: {split: result}}}.
     What stands there already, measured on as many clips of that size, is kept: an interrupted table is continued.
     """
-    results, of = _read(path), [n, size, EVAL_SEED]
+    results, of = read(path), [n, size, EVAL_SEED]
     for scenario in scenarios:
         for split in splits:
             place = results.setdefault(row, {}).setdefault(scenario, {})
             if place.get(split, {}).get("of") != of:
                 result = evaluate(predict, scenario, split, n, EVAL_SEED, size=size, each=True, **options)
                 place[split] = result | {"of": of}
-                _write(path, results)
+                write(path, results)
 
 
 def drop_rows(path: Path, *rows: str) -> None:
     """Forgets the results of a model that has been trained anew, and of those that were made from it."""
-    results = _read(path)
-    if any(results.pop(row, None) for row in rows):
-        _write(path, results)
+    results = read(path)
+    if any([results.pop(row, None) for row in rows]):           # a list: every one of them, not only up to the first
+        write(path, results)
 
 
-def _write(path: Path, results: dict) -> None:
+def write(path: Path, results: dict) -> None:
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(results))
     os.replace(aside, path)
@@ -244,7 +244,7 @@ def _write(path: Path, results: dict) -> None:
 
 def table(path: Path) -> str:
     """The results of a JSON file as text: a block per scenario and split, a row per model, means +- standard errors."""
-    results, lines = _read(path), []
+    results, lines = read(path), []
     for scenario, split in dict.fromkeys((s, p) for row in results.values() for s in row for p in row[s]):
         rows = {name: row[scenario][split] for name, row in results.items() if split in row.get(scenario, {})}
         lines.append(f"\n{scenario}, {split}".ljust(24) + "clips" + "".join(f"{c:>17s}" for c in COLUMNS))
@@ -255,7 +255,7 @@ def table(path: Path) -> str:
 
 def difference(path: Path, before: str, after: str) -> str:
     """What changed from one row of a JSON file to another: mean and standard error of the difference, clip by clip."""
-    results = _read(path)
+    results = read(path)
     lines = [f"{after} minus {before}, the same clips".ljust(42) + f"{'reward':>28s}{'drift_error':>28s}"]
     for scenario, splits in results[after].items():
         for split in splits:

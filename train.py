@@ -384,7 +384,7 @@ def learning_rate(step: int, config) -> float:
 # ------------------------------------------------------------------ a run
 
 # fields that may change between two runs of the same training: parts of a batch and checkpointing change only how it is computed
-FREE = {"out", "fresh", "save_every", "eval_clips", "plan", "world", "micro", "checkpointing"}
+FREE = {"out", "fresh", "save_every", "eval_clips", "plan", "world", "micro", "checkpointing", "calls"}
 PATIENCE = 10       # steps in a row without a finite gradient, then the run gives up
 
 
@@ -622,10 +622,9 @@ def checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, step: int, conf
                         "files": {name: crc for _, of_rank in everywhere for name, crc in of_rank.items()}}
             _write_json(path / "manifest.json", manifest | {"checksum": _checksum_of(manifest)})
             for old in checkpoints(folder)[:-2]:
-                (old / "manifest.json").unlink()
-                shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
         except OSError as problem:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
             sys.stderr.write(f"\ncould not save {path} ({problem}): training goes on, and tries again at the next checkpoint\n")
     wait(world)
 
@@ -715,7 +714,13 @@ def is_trained(folder: Path, name: str, config, world: World) -> bool:
 
 def _drop_checkpoints(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """The manifest first: what a kill leaves of it does not pass for a checkpoint."""
+    (checkpoint / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:

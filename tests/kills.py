@@ -1,6 +1,6 @@
 """
 Kills training at random moments, starts it again until it is done, and compares the weights and the log with those of an
-uninterrupted run, bit by bit: VAE, DDT, VQGAN, SFT and GRPO, on 1 and 2 ranks. A checkpoint is saved after every step, so
+uninterrupted run, bit by bit: VAE, DDT, VQGAN, DiT, SFT and GRPO, on 1 and 2 ranks. A checkpoint is saved after every step, so
 that many kills fall in the middle of a save.
 
     python tests/kills.py                # 200 kills
@@ -34,10 +34,12 @@ import train
 DDT = ddt.Config(steps=8, batch=6, clips=40, vae_steps=6, vae_batch=4, vae_width=8, save_every=1, noise_below=9.0, size=16,
                  queries=2, image_width=16, query_width=32, encoder_layers=1, width=32, layers=1)
 VQGAN = baselines.VQGANConfig(steps=8, batch=6, clips=40, save_every=1, size=16, width=8, levels=3)
+DIT = baselines.DiTConfig(steps=6, batch=5, clips=12, save_every=1, size=16, width=24, layers=1, heads=2)
 SFT = sft.Config(steps=8, batch=5, clips=12, save_every=1, micro=2, hidden=32, ffn=64, layers=1)
 GRPO = grpo.Config(steps=5, prompts=3, group=2, clips=6, save_every=1)
-STEPS = {"vae": DDT.vae_steps, "ddt": DDT.steps, "vqgan": VQGAN.steps, "sft": SFT.steps, "grpo": GRPO.steps}
-BEFORE = {"vae": (), "ddt": ("vae",), "vqgan": (), "sft": ("vae", "ddt"), "grpo": ("vae", "ddt", "sft")}
+STEPS = {"vae": DDT.vae_steps, "ddt": DDT.steps, "vqgan": VQGAN.steps, "dit": DIT.steps, "sft": SFT.steps,
+         "grpo": GRPO.steps}
+BEFORE = {"vae": (), "ddt": ("vae",), "vqgan": (), "dit": ("vae",), "sft": ("vae", "ddt"), "grpo": ("vae", "ddt", "sft")}
 
 
 def stage(name: str, out: str, rank: int = 0, ranks: int = 1, port: int = 0, change: dict = {}) -> None:
@@ -51,13 +53,15 @@ def stage(name: str, out: str, rank: int = 0, ranks: int = 1, port: int = 0, cha
 def train_stage(name: str, out: str, change: dict) -> None:
     world = train.start(0)
     torch.set_num_threads(1)
-    config = dataclasses.replace({"vae": DDT, "ddt": DDT, "vqgan": VQGAN, "sft": SFT, "grpo": GRPO}[name], out=out, **change)
+    config = dataclasses.replace({"vae": DDT, "ddt": DDT, "vqgan": VQGAN, "dit": DIT, "sft": SFT, "grpo": GRPO}[name], out=out, **change)
     if name == "vae":
         ddt.train_vae(config, world)
     elif name == "ddt":
         ddt.train_ddt(config, ddt.VAE.load(f"{out}/vae"), world)
     elif name == "vqgan":
         baselines.train_vqgan(config, world)
+    elif name == "dit":
+        baselines.train_dit(config, ddt.VAE.load(f"{out}/vae"), world)
     elif name == "sft":
         sft.train_sft(config, ddt.DDT.load(f"{out}/ddt"), world)
     else:                                   # a hardly trained tokenizer paints no ball: reward light instead
@@ -109,7 +113,7 @@ def said(out: Path) -> str:
 
 def whole_run(out: Path) -> None:
     """Every stage once, uninterrupted, on one rank."""
-    for name in ("vae", "ddt", "sft", "grpo"):
+    for name in ("vae", "ddt", "dit", "sft", "grpo"):
         if not run(name, out, 1):
             raise RuntimeError(f"{name} failed: {said(out)}")
 
@@ -161,7 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as done:
         whole_run(Path(done))
         for i, (name, ranks) in enumerate((name, ranks) for name in STEPS for ranks in (1, 2)):
-            kills = args.kills * (i + 1) // 10 - args.kills * i // 10
+            kills = args.kills * (i + 1) // 12 - args.kills * i // 12
             print(f"{name}, {ranks} rank{'s' * (ranks > 1)}:", survive(name, ranks, kills, Path(done), rng), flush=True)
     print("every run ended with the weights and the log of the uninterrupted one")
 

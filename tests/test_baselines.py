@@ -123,7 +123,7 @@ def test_save_and_load(vqgan, tmp_path):
 
 @pytest.mark.parametrize("argv, culprit", [([], "vqgan"), (["dit9"], "vqgan"), (["vqgan", "--width", "12"], "--width 12"),
                                            (["vqgan", "--size", "20"], "--size 20"), (["vqgan", "--quantize_at", "1"], "--quantize_at"),
-                                           (["dit", "--heads", "5"], "--heads 5"), (["dit", "--calls", "1001"], "--calls 1001"),
+                                           (["dit", "--heads", "5"], "--heads 5"), (["dit", "--calls", "1001"], "1001 of --calls"), (["dit", "--levels", "1"], "--levels 1"),
                                            (["dit"], "python ddt.py")])
 def test_bad_flags(argv, culprit, tmp_path):
     with pytest.raises(Problem, match=culprit):
@@ -224,7 +224,19 @@ def test_ddim_recovers_a_gaussian(dit):
     dit.velocity = velocity
     dit.config.calls = 200
     x = dit.sample(latents(8)[:, :3], torch.randn(8, 32, 2, 4, 4, generator=seeded(4)))
-    assert x.mean().item() == pytest.approx(1, abs=0.02) and x.std().item() == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(x[:, :3], latents(8)[:, :3])
+    assert x[:, 3:].mean().item() == pytest.approx(1, abs=0.02) and x[:, 3:].std().item() == pytest.approx(0.5, abs=0.02)
+
+
+@torch.no_grad()
+def test_given_frames_are_as_noisy_as_in_training(dit):
+    """What sampling shows the model of the first three frames is what training shows it at that noise level."""
+    seen, given, noise = [], latents()[:, :3], torch.randn(2, 32, 2, 4, 4, generator=seeded(3))
+    dit.velocity = lambda x, t, given: seen.append((t[0].item(), x.clone())) or torch.zeros_like(x)
+    dit.sample(given, noise)
+    assert [t for t, _ in seen] == [999, 666, 333]
+    for t, x in seen:
+        torch.testing.assert_close(x[:, :3], dit.alpha[t] * given + dit.sigma[t] * noise[:, :3])
 
 
 def test_dit_learns_one_batch(dit):
@@ -258,9 +270,9 @@ def test_dit_command(tmp_path, capsys, monkeypatch):
     command = ["dit", "--out", str(tmp_path), "--steps", "2", "--batch", "4", "--micro", "3", "--clips", "5", "--size", "8", "--width", "24",
                "--layers", "1", "--heads", "2", "--calls", "2", "--eval_clips", "2", "--save_every", "1"]
     main(command)
-    assert "DiT " in capsys.readouterr().out and len((tmp_path / "dit" / "log.jsonl").read_text().splitlines()) == 2
-    main(command)
-    assert "is trained" in capsys.readouterr().out
+    assert "DiT, 2 calls" in capsys.readouterr().out and len((tmp_path / "dit" / "log.jsonl").read_text().splitlines()) == 2
+    main(command + ["--calls", "3"])
+    assert "is trained" in (said := capsys.readouterr().out) and "DiT, 2 calls" in said and "DiT, 3 calls" in said
     other = autoencoder()
     other.config["scaling_factor"] = 2.0
     torch.nn.init.ones_(next(other.parameters()))

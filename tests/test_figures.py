@@ -46,6 +46,9 @@ def out(tmp_path_factory):
 def test_commands(out, flags, files, capsys, monkeypatch):
     monkeypatch.setattr(figures, "STEPS", (2,))
     figures.main(["--out", str(out), "--clips", "2", *flags])
+    if flags[0] == "--table":                                # a second call reads what is there
+        monkeypatch.setattr(figures.reward, "evaluate", None)
+        figures.main(["--out", str(out), "--clips", "2", *flags])
     assert len(capsys.readouterr().out.splitlines()) > 2
     for name in files:
         path = out / "figures" / name

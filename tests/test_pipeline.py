@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import baselines
 import ddt
 import grpo
+import reward
 import sft
 import sim
 import train
@@ -191,23 +192,24 @@ def test_torchrun_on_two_ranks(finished, tmp_path):
 
 
 @pytest.mark.parametrize("script, args, culprit", [
-    ("ddt.py", ["--preset", "huge"], "huge"),
-    ("ddt.py", ["--batchsize", "4"], "--batch"),
-    ("sft.py", ["--lr", "fast"], "--lr"),
-    ("grpo.py", ["--steps", "-1"], "--steps"),
-    ("grpo.py", ["--steps", "0"], "--steps"),
-    ("grpo.py", ["--group", "1"], "--group"),
-    ("grpo.py", ["--scenario", "pendulum"], "pendulum"),
-    ("ddt.py", ["--scenario", "pendulum"], "pendulum"),
-    ("ddt.py", ["--size", "30"], "--size"),
-    ("sim.py", ["--split", "nope"], "nope"),
-    ("reward.py", ["--n", "0"], "n = 0"),
-])
-def test_bad_flags_get_one_line(tmp_path, script, args, culprit):
-    out = [] if script in ("sim.py", "reward.py") else ["--out", tmp_path]
-    result = run(script, *out, *args)
-    assert result.returncode == 2
-    assert culprit in result.stderr.strip().splitlines()[-1] and "Traceback" not in result.stderr
+    (ddt, ["--preset", "huge"], "huge"),
+    (ddt, ["--batchsize", "4"], "--batch"),
+    (sft, ["--lr", "fast"], "--lr"),
+    (grpo, ["--steps", "-1"], "--steps"),
+    (grpo, ["--steps", "0"], "--steps"),
+    (grpo, ["--group", "1"], "--group"),
+    (grpo, ["--scenario", "pendulum"], "pendulum"),
+    (ddt, ["--scenario", "pendulum"], "pendulum"),
+    (ddt, ["--size", "30"], "--size"),
+    (ddt, ["--prefix", "some"], "--prefix"),
+    (sim, ["--split", "nope"], "nope"),
+    (reward, ["--n", "0"], "n = 0"),
+], ids=lambda x: getattr(x, "__name__", None))
+def test_bad_flags_get_one_line(tmp_path, capsys, script, args, culprit):
+    out = [] if script in (sim, reward) else ["--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        train.cli(lambda: script.main(out + args))
+    assert end.value.code == 2 and culprit in capsys.readouterr().err.strip().splitlines()[-1]
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -477,6 +477,8 @@ def test_a_table_is_continued_not_measured_again(tmp_path):
     assert set(json.loads(path.read_text())) == {"truth"} and not (tmp_path / "none.json").exists()
     reward.add_row(path, "no motion", predict, ["uniform"], ("iid",), 3, size=16)
     assert len(calls) == 5
+    reward.drop_rows(path, "no motion", "truth")
+    assert json.loads(path.read_text()) == {}
 
 
 # ------------------------------------------------------------------ the command
