@@ -48,7 +48,8 @@ import reward
 import sim
 import train
 from ddt import (VAE, VAE_WEIGHTS, Decoder, EMAVectorQuantizer, Encoder, Frames, at_a_time, center_error, check_codes,
-                 check_frames, check_scenario, load_folder, millions, reconstruction, save_folder, sincos)
+                 check_frames, check_scenario, described, load_model, millions, reconstruction, save_folder, sincos)
+from lm import rotate
 from sim import CONDITION
 
 
@@ -145,19 +146,12 @@ class VQGAN(nn.Module):
         return self.paint(self.quantizer.codebook[codes]).clamp(0, 1)
 
     def save(self, folder) -> None:
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("out", "fresh", "save_every")}
-        save_folder(folder, {"vqgan": config}, self, "model.safetensors")
+        save_folder(folder, {"vqgan": described(self.config)}, self, "model.safetensors")
 
     @classmethod
     def load(cls, folder) -> "VQGAN":
         """A folder written by `save`. Raises train.Problem for what is missing, damaged or does not fit."""
-        config, tensors = load_folder(folder, "model.safetensors")
-        try:
-            model = cls(VQGANConfig(**config["vqgan"]))
-        except (KeyError, TypeError) as error:
-            raise train.Problem(f"{folder}/config.json is not that of a VQGAN of this version ({error})") from None
-        train.load_state(model, tensors, Path(folder))
-        return model.eval().requires_grad_(False)
+        return load_model(folder, "VQGAN", lambda config: cls(VQGANConfig(**config["vqgan"])))
 
 
 def train_vqgan(config: VQGANConfig, world: train.World) -> VQGAN:
@@ -232,6 +226,7 @@ def vqgan_main(argv: list[str] | None) -> None:
             print(f"\n{name}: median centre error {median:.4f} world units, {used} codes in use")
     train.wait(world)
 
+
 # ------------------------------------------------------------------ video DiT
 
 
@@ -284,18 +279,13 @@ def zero_terminal_snr(levels: int) -> tuple[Tensor, Tensor]:
     return alpha.float(), (1 - alpha ** 2).sqrt().float()
 
 
-def rope_3d(frames: int, side: int, d: int) -> Tensor:
-    """Angles (F side side, d / 2) of the cells of a clip: a third of the pairs turns with the row, a third with the column."""
+def rope_3d(frames: int, side: int, d: int) -> tuple[Tensor, Tensor]:
+    """cos, sin (F side side, d) for lm.rotate: a third of the pairs of channels turns with the row, a third with the column."""
     pairs = d // 2
     share = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)                    # frame, row, column
     place = torch.cartesian_prod(torch.arange(frames), torch.arange(side), torch.arange(side)).float()
-    return torch.cat([x[:, None] * 10000 ** (-torch.arange(n) / n) for x, n in zip(place.T, share)], 1)
-
-
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """x (..., L, d), angle (L, d / 2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    angle = torch.cat([x[:, None] * 10000 ** (-torch.arange(n) / n) for x, n in zip(place.T, share)], 1).repeat(1, 2)
+    return angle.cos(), angle.sin()
 
 
 class Block(nn.Module):
@@ -309,11 +299,11 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.table = nn.Parameter(torch.randn(6, width) / width ** 0.5)
 
-    def forward(self, x: Tensor, modulation: Tensor, angle: Tensor) -> Tensor:    # (B, L, D), (B, 6, D), (L, d / 2)
+    def forward(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:   # (B, L, D), (B, 6, D), (L, d) twice
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation)[:, :, None].unbind(1)     # (B, 1, D) each
         h = self.qkv(self.norm1(x) * (1 + scale1) + shift1)
         q, k, v = rearrange(h, "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
-        q, k = (rotate(nn.functional.rms_norm(y, y.shape[-1:]), angle).to(v.dtype) for y in (q, k))
+        q, k = (rotate(nn.functional.rms_norm(y, y.shape[-1:]), cos, sin).to(v.dtype) for y in (q, k))
         h = nn.functional.scaled_dot_product_attention(q, k, v)                   # (B, heads, L, d)
         x = x + gate1 * self.out(rearrange(h, "b heads l d -> b l (heads d)"))
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -339,10 +329,9 @@ class DiT(nn.Module):
         self.patch_out = nn.Linear(D, self.channels * p * p)
         nn.init.zeros_(self.patch_out.weight)
         nn.init.zeros_(self.patch_out.bias)
-        self.register_buffer("angle", rope_3d(sim.FRAMES, side // p, D // config.heads), persistent=False)
-        alpha, sigma = zero_terminal_snr(config.levels)
-        self.register_buffer("alpha", alpha, persistent=False)
-        self.register_buffer("sigma", sigma, persistent=False)
+        tables = *rope_3d(sim.FRAMES, side // p, D // config.heads), *zero_terminal_snr(config.levels)
+        for name, table in zip(("cos", "sin", "alpha", "sigma"), tables):
+            self.register_buffer(name, table, persistent=False)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -360,7 +349,7 @@ class DiT(nn.Module):
         time = self.time(sincos(t, 256).to(h.dtype))                              # (B, D)
         modulation = self.modulation(nn.functional.silu(time)).unflatten(-1, (6, -1))               # (B, 6, D)
         for block in self.blocks:
-            h = block(h, modulation, self.angle)
+            h = block(h, modulation, self.cos, self.sin)
         shift, scale = (self.table + time[:, None])[:, :, None].unbind(1)
         h = self.patch_out(self.norm(h) * (1 + scale) + shift)
         return rearrange(h, "b (f h w) (c p q) -> b f c (h p) (w q)", f=x.shape[1], h=x.shape[-2] // p, p=p, q=p)
@@ -408,19 +397,12 @@ class DiT(nn.Module):
         return predict
 
     def save(self, folder) -> None:
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("out", "fresh", "save_every")}
-        save_folder(folder, {"dit": config, "vae": self.vae.config}, self, "model.safetensors")
+        save_folder(folder, {"dit": described(self.config), "vae": self.vae.config}, self, "model.safetensors")
 
     @classmethod
     def load(cls, folder) -> "DiT":
         """A folder written by `save`. Raises train.Problem for what is missing, damaged or does not fit."""
-        config, tensors = load_folder(folder, "model.safetensors")
-        try:
-            model = cls(DiTConfig(**config["dit"]), VAE(config["vae"]))
-        except (KeyError, TypeError) as error:
-            raise train.Problem(f"{folder}/config.json is not that of a DiT of this version ({error})") from None
-        train.load_state(model, tensors, Path(folder))
-        return model.eval().requires_grad_(False)
+        return load_model(folder, "DiT", lambda config: cls(DiTConfig(**config["dit"]), VAE(config["vae"])))
 
 
 def train_dit(config: DiTConfig, vae: VAE, world: train.World) -> DiT:
@@ -433,7 +415,7 @@ def train_dit(config: DiTConfig, vae: VAE, world: train.World) -> DiT:
     clips, B, parts = len(data) // sim.FRAMES, config.batch, world.parts(config.batch, config.micro)
     shape = sim.FRAMES, dit.channels, config.size // vae.shrink, config.size // vae.shrink
     world.say(f"DiT: {sum(p.numel() for p in dit.parameters() if p.requires_grad) / 1e6:.2f}M parameters, {config.steps} steps of "
-              f"{B} clips of {len(dit.angle)} vectors, {clips} clips")
+              f"{B} clips of {len(dit.cos)} vectors, {clips} clips")
     world.compile(*dit.blocks)
     model = train.distribute(dit, world)
 

@@ -678,19 +678,12 @@ class DDT(nn.Module):
         return x
 
     def save(self, folder) -> None:
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("out", "vae", "fresh", "save_every")}
-        save_folder(folder, {"ddt": config, "vae": self.vae.config}, self, "model.safetensors")
+        save_folder(folder, {"ddt": described(self.config), "vae": self.vae.config}, self, "model.safetensors")
 
     @classmethod
     def load(cls, folder) -> "DDT":
         """A folder written by `save`. Raises train.Problem for what is missing, damaged or does not fit."""
-        config, tensors = load_folder(folder, "model.safetensors")
-        try:
-            ddt = cls(Config(**config["ddt"]), VAE(config["vae"]))
-        except (KeyError, TypeError) as error:
-            raise train.Problem(f"{folder}/config.json is not that of a tokenizer of this version ({error})") from None
-        train.load_state(ddt, tensors, Path(folder))
-        return ddt.eval().requires_grad_(False)
+        return load_model(folder, "tokenizer", lambda config: cls(Config(**config["ddt"]), VAE(config["vae"])))
 
 
 def check_frames(frames: Tensor, size: int) -> None:
@@ -716,6 +709,22 @@ def load_folder(folder, name: str) -> tuple[dict, dict[str, Tensor]]:
     except (OSError, ValueError) as error:
         raise train.Problem(f"cannot read {Path(folder, 'config.json')} ({error}): is {folder} the right folder?")
     return config, train.read_safetensors(Path(folder, name))[0]
+
+
+def described(config) -> dict:
+    """What of a config is kept with the weights: all but where they were made."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "vae", "fresh", "save_every")}
+
+
+def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Module:
+    """A folder that save_folder wrote, `build` from its config.json, to be used as it is. Raises train.Problem."""
+    config, tensors = load_folder(folder, "model.safetensors")
+    try:
+        model = build(config)
+    except (KeyError, TypeError) as error:
+        raise train.Problem(f"{folder}/config.json is not that of a {kind} of this version ({error})") from None
+    train.load_state(model, tensors, Path(folder))
+    return model.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------ training

@@ -53,9 +53,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def load(config: Config, model: type[DDT] | type[VQGAN]) -> DDT | VQGAN:
     """The DDT or VQGAN of the run folder, or one line that says how to make it."""
-    name, script = ("ddt", "ddt.py") if model is DDT else ("vqgan", "baselines.py vqgan")
+    name = "ddt" if model is DDT else "vqgan"
     train.need(Path(config.out, name, "model.safetensors").exists(), f"{config.out}/{name} is missing: make it with "
-               f"`python {script} --preset {config.preset} --out {config.out}`")
+               f"`python {train.script(name)} --preset {config.preset} --out {config.out}`")
     return model.load(Path(config.out, name)).to(DEVICE)
 
 
@@ -115,8 +115,8 @@ def ball_errors(frames: Tensor, position: Tensor, radius: Tensor) -> dict[str, f
 STEPS = (4, 16, 50)
 
 
-def table4(config: Config, out: Path, folder: Path) -> str:
-    models = both(config)
+def table4(config: Config, folder: Path) -> str:
+    models, out = both(config), Path(config.out)
     ddt, path, note = models["DDT"], folder / "table4.json", folder / "table4.of.json"
     names, size = train.scenarios(ddt.config.scenario), ddt.config.size
 
@@ -179,12 +179,13 @@ ABLATION = {                        # one factor at a time
 }
 
 
-def ablation(config: Config, out: Path, folder: Path) -> str:
+def ablation(config: Config, folder: Path) -> str:
     """
     `tiny` tokenizers of uniform motion that differ from ddt.py's defaults, trained in <out>/ablation: mean and standard error
     over seeds. All stand on the VAE of <out>, but for those whose VAE differs.
     """
     train.need(config.preset == "tiny", "the ablation is of `tiny`")
+    out = Path(config.out)
     vae = out / "vae" / tokenizers.VAE_WEIGHTS
     train.need(vae.exists(), f"{out / 'vae'} is missing: make it with `python ddt.py --out {out}`")
     path, work = folder / "ablation.json", tokenizers.plan(BASE, 1).flops
@@ -223,7 +224,7 @@ def quality(folder: Path, clips: int) -> list[float]:
     """
     model, name = DDT.load(folder / "ddt").to(DEVICE), "uniform"
     center, used = center_error(model, name, DEVICE, 4 * clips)
-    row = json.loads((folder / "results.json").read_text())["DDT"][name]["iid"]
+    row = reward.read(folder / "results.json")["DDT"][name]["iid"]
     seen = sim.sample(name, "iid", 4 * clips, reward.EVAL_SEED)
     frames = sim.render(seen.position, seen.radius, model.config.size)[seen.inside.all(-1)]
     bits = sum(token["bits"] for token in carried(in_chunks(model.encode, frames), torch.zeros(len(frames), 1)))
@@ -263,7 +264,7 @@ def reading(model: DDT | VQGAN, scenario: str, n: int, steps: int = 1000) -> flo
 # ------------------------------------------------------------------ figures
 
 
-def prefix(config: Config, out: Path, folder: Path) -> str:
+def prefix(config: Config, folder: Path) -> str:
     """
     Reconstruction from the first k tokens: from pure noise, where training always shows all K; and at the time that k tokens
     belong to, t(k / K), where the noisy frame itself helps, beside the same frame without any token.
@@ -302,11 +303,11 @@ def prefix(config: Config, out: Path, folder: Path) -> str:
         f"{r[kind]['center']:9.3f}{r[kind]['radius']:9.3f}{r[kind]['missing']:9.1%}" for kind in kinds) for r in rows])
 
 
-def embedders(config: Config, out: Path) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def embedders(config: Config, models: dict[str, DDT | VQGAN]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Name -> (frames (B, 3, H, W), positions (B, N, 2)) -> embeddings (B, L, D), L vectors to be compared one by one."""
     def of_tokens(model):
         return lambda frames, position: model.quantizer.codebook.cpu()[in_chunks(model.encode, frames)]
-    found = {name: of_tokens(model) for name, model in both(config).items()}
+    found = {name: of_tokens(model) for name, model in models.items()}
     if config.llm:
         try:
             table, text = Llama.load(config.llm).model["embed_tokens"].weight, Tokenizer.load(config.llm)
@@ -325,15 +326,16 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
     return torch.cosine_similarity(a, b, dim=-1).mean(-1)
 
 
-def figure5(config: Config, out: Path, folder: Path) -> str:
+def figure5(config: Config, folder: Path) -> str:
     """Balls are moved to the right: how alike are the tokens of before and after?"""
-    ddt = load(config, DDT).config
+    models = both(config)
+    ddt = models["DDT"].config
     shifts = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0]
     x, y, r = torch.rand(3, 4 * config.clips, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start, radius = torch.stack([1.5 + x, 2 + 6 * y], -1), 0.8 + 0.6 * r          # (B, 1, 2), (B, 1)
     moved = [start + torch.tensor([shift, 0.0]) for shift in shifts]
     curves = {}
-    for name, embed in embedders(config, out).items():
+    for name, embed in embedders(config, models).items():
         embedded = [embed(sim.render(p[:, None], radius, ddt.size)[:, 0], p) for p in moved]
         curves[name] = [(shift, similarity(embedded[0], e).mean().item()) for shift, e in zip(shifts, embedded)]
     (folder / "figure5.json").write_text(json.dumps(curves, indent=1) + "\n")
@@ -341,24 +343,25 @@ def figure5(config: Config, out: Path, folder: Path) -> str:
     return columns("moved by", curves)
 
 
-def figure6(config: Config, out: Path, folder: Path) -> str:
+def figure6(config: Config, folder: Path) -> str:
     """Frames of one clip, g apart: how alike are their tokens?"""
-    ddt = load(config, DDT).config
+    models = both(config)
+    ddt = models["DDT"].config
     clips = sim.sample(train.scenarios(ddt.scenario)[0], "iid", config.clips, reward.EVAL_SEED)
-    frames, both = sim.render(clips.position, clips.radius, ddt.size), clips.inside.all(-1)         # (B, F)
+    frames, inside = sim.render(clips.position, clips.radius, ddt.size), clips.inside.all(-1)       # (B, F)
     curves = {}
-    for name, embed in embedders(config, out).items():
-        e = embed(frames.flatten(0, 1), clips.position.flatten(0, 1)).unflatten(0, both.shape)      # (B, F, L, D)
+    for name, embed in embedders(config, models).items():
+        e = embed(frames.flatten(0, 1), clips.position.flatten(0, 1)).unflatten(0, inside.shape)      # (B, F, L, D)
         curves[name] = []
         for gap in range(1, 11):
-            pairs = both[:, :-gap] & both[:, gap:]                                                  # (B, F - gap)
+            pairs = inside[:, :-gap] & inside[:, gap:]                                                # (B, F - gap)
             curves[name].append((gap, similarity(e[:, :-gap][pairs], e[:, gap:][pairs]).mean().item()))
     (folder / "figure6.json").write_text(json.dumps(curves, indent=1) + "\n")
     chart(folder / "figure6.png", "frames apart", "similarity of the embeddings", curves)
     return columns("frames apart", curves)
 
 
-def figure7(config: Config, out: Path, folder: Path) -> str:
+def figure7(config: Config, folder: Path) -> str:
     """Counterfactual interpolation: the first m tokens of one frame, the rest of another."""
     models, rows, labels = both(config), [], []
     ddt = models["DDT"].config
@@ -415,10 +418,9 @@ def main(argv: list[str] | None = None) -> None:
             "figure 7": figure7}
     asked = f"figure {config.figure}" if config.figure else f"table {config.table}"
     train.need(asked in what, f"there is no {asked}: choose --table 4, ablation or --figure prefix, 5, 6, 7")
-    out = Path(config.out)
     train.need(train.start(0).size == 1, "figures.py runs in one process: leave torchrun out")
-    folder = train.writable(out / "figures")
-    print(what[asked](config, out, folder))
+    folder = train.writable(Path(config.out, "figures"))
+    print(what[asked](config, folder))
     print(f"\n{folder}/")
 
 

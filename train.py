@@ -167,7 +167,7 @@ class World:
         Into how many backward passes of at most `micro` rows (0: no limit) the largest share of a batch is cut, of `each`
         rows an element: the same on every rank.
         """
-        return math.ceil(math.ceil(batch / self.size) * each / micro) if micro else 1
+        return parts_of(math.ceil(batch / self.size) * each, micro)
 
     def autocast(self):
         """Matrix products in bf16 on a GPU; fp32 on the CPU, where many have no bf16."""
@@ -181,6 +181,10 @@ class World:
     def say(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
+
+
+def parts_of(share: int, micro: int) -> int:
+    return math.ceil(share / micro) if micro else 1
 
 
 def start(seed: int) -> World:
@@ -226,11 +230,6 @@ def gather_objects(x) -> list:
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, x, group=_patient)
     return everyone
-
-
-def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks, in the order of the ranks: (n, ...) each -> (sum of n, ...). For CPU tensors."""
-    return torch.cat(gather_objects(x))
 
 
 def wait(world: World) -> None:
@@ -415,9 +414,8 @@ class Run:
         if self.world.is_main:
             path = self.folder / "log.jsonl"
             kept = path.read_text().splitlines()[:self.first] if self.first and path.exists() else []
-            aside = path.with_name("log.jsonl.part")
-            aside.write_text("".join(line + "\n" for line in kept))
-            os.replace(aside, path)
+            with replacing(path) as aside:
+                aside.write_text("".join(line + "\n" for line in kept))
             self.file = open(path, "a")
             quiet = not sys.stderr.isatty()                 # in a file: a line every 10 seconds, not ten a second
             self.bar = tqdm(total=self.config.steps, initial=self.first, desc=self.folder.name, ncols=100, unit="step",
@@ -730,6 +728,11 @@ def discard(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def script(name: str) -> str:
+    """What trains the model in <out>/<name>."""
+    return f"baselines.py {name}" if name in ("vqgan", "dit") else f"{name}.py"
+
+
 def made_of(folder: Path, **sources: Path) -> None:
     """
     Notes which weight files a stage starts from; Problem when the folder's model or checkpoint started from others.
@@ -741,9 +744,8 @@ def made_of(folder: Path, **sources: Path) -> None:
         then = json.loads(note.read_text())
         other = [name for name in now if then.get(name) != now[name]]
         if other:
-            script = {"dit": "baselines.py dit"}.get(folder.name, f"{folder.name}.py")
             raise Problem(f"{folder} was trained from another {other[0]} than {sources[other[0]].parent}: train it again with "
-                          f"`python {script} --fresh --out {folder.parent}`, or choose another --out")
+                          f"`python {script(folder.name)} --fresh --out {folder.parent}`, or choose another --out")
     _write_json(note, now)                                                # every rank writes the same
 
 
@@ -783,7 +785,8 @@ def training_memory(model: nn.Module, ranks: int) -> dict[str, float]:
 
 def rows_at_once(batch: int, ranks: int, micro: int, each: int = 1) -> int:
     """Rows of the largest backward pass on any rank: see World.parts."""
-    return math.ceil(math.ceil(batch / ranks) * each / World(0, ranks, torch.device("cpu")).parts(batch, micro, each))
+    share = math.ceil(batch / ranks) * each
+    return math.ceil(share / parts_of(share, micro))
 
 
 class FusedAttention(torch.autograd.Function):

@@ -174,14 +174,14 @@ def test_zero_terminal_snr():
 def test_rope_sees_differences():
     """A product of two rotated vectors depends on how far apart their cells are, on each of the three axes, and on nothing else."""
     F, side, d = 4, 3, 22
-    angle = baselines.rope_3d(F, side, d).view(F, side, side, d // 2)
+    cos, sin = (x.view(F, side, side, d) for x in baselines.rope_3d(F, side, d))
     q, k = torch.randn(2, d, generator=seeded(), dtype=torch.float64)
-    product = lambda a, b: (baselines.rotate(q, angle[a]) * baselines.rotate(k, angle[b])).sum().item()
+    product = lambda a, b: (baselines.rotate(q, cos[a], sin[a]) * baselines.rotate(k, cos[b], sin[b])).sum().item()
     first = product((0, 0, 0), (1, 1, 1))
     assert product((2, 1, 1), (3, 2, 2)) == pytest.approx(first, abs=1e-5) and product((1, 1, 0), (2, 2, 1)) == pytest.approx(first, abs=1e-5)
     for other in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
         assert abs(product((0, 0, 0), other) - first) > 1e-3
-    torch.testing.assert_close(baselines.rotate(q, angle[3, 2, 1]).norm(), q.norm())
+    torch.testing.assert_close(baselines.rotate(q, cos[3, 2, 1], sin[3, 2, 1]).norm(), q.norm())
 
 
 @torch.no_grad()

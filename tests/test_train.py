@@ -118,7 +118,7 @@ def test_shares_cover_every_row_once():
 
 def test_without_a_process_group():
     x = torch.randn(3, 2)
-    assert torch.equal(train.total(x), x) and torch.equal(train.gather(x), x)
+    assert torch.equal(train.total(x), x) and torch.equal(torch.cat(train.gather_objects(x)), x)
     assert not train.total(x.requires_grad_()).requires_grad            # or a running mean of losses keeps every step's graph
     x = x.detach()
     train.wait(ALONE)
@@ -145,7 +145,7 @@ def of_two_ranks(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     world = World(rank, 2, torch.device("cpu"))
     mine = world.share(torch.arange(ROWS * 2.0).view(ROWS, 2))
-    result = {"total": train.total(mine.sum(0)), "gather": train.gather(mine)}
+    result = {"total": train.total(mine.sum(0)), "gather": torch.cat(train.gather_objects(mine))}
     result |= {f"step{i}": x.clone() for i, x in enumerate(step_of(world))}
     save_file(result, f"{folder}/{rank}.safetensors")
     dist.destroy_process_group()
