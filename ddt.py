@@ -82,7 +82,7 @@ class Config:
     vae_width: int = 16         # channels of the first level; the others have twice as many
     vae_levels: int = 3         # resolutions: 3 -> 4 times smaller, 4 -> 8 times
     vae_latent: int = 4         # latent channels
-    vae_steps: int = 600
+    vae_steps: int = 400
     vae_batch: int = 64
     vae_lr: float = 2e-3
     # tokenizer
