@@ -11,8 +11,8 @@ Choices where the paper is silent
 4. One code in ten of what the model reads is replaced by a random one; what it has to say stays true. A model that has only
    read true clips derails at its own first odd code, or at a ball whose size it does not know (iid drift_error 0.55
    without, 0.33 with; reward on post-training clips 1.67 and 2.21: one run each, 128 clips, an earlier tokenizer).
-5. Evaluation takes the most likely code each time. Samples (top-k 50, top-p 0.95, those of GRPO's rollouts) have a drift_error on iid
-   clips that is 3 to 14 % larger (eight models, 256 clips), and vary.
+5. Evaluation takes the most likely code each time. Samples (top-k 50, top-p 0.95, those of GRPO's rollouts) have a drift_error
+   on iid clips that is 0 to 14 % larger (nine models, 256 clips), and vary.
 
     python sft.py                       # makes runs/tiny/vae and runs/tiny/ddt first if they are missing
     python sft.py --llm DIR             # starts from the weights of a Llama or Qwen2 (Hugging Face's or Meta's layout)
