@@ -93,9 +93,9 @@ class Config:
     patch: int = 2              # latent cells a side that make one vector of the transformers
     image_width: int = 64       # encoder, latent stream
     query_width: int = 128      # encoder, query stream
-    encoder_layers: int = 3
+    encoder_layers: int = 2
     width: int = 128            # decoder
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     shift: float = 8.0          # s of t = s u / (1 + (s - 1) u)
     pure_noise: float = 0.3     # share of steps with u = 1
@@ -121,7 +121,7 @@ class Config:
 # `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, so that a VAE which shrinks 8
 # times leaves 256 latent vectors at patch 1 (1024 are those of 256 x 256); and the encoder is 128 wide for the latent and
 # 256 for the queries ("latent dimension 128", yet tokens of 256). No gradient clipping is stated. Parameters: VAE 83.8M
-# (SD3's, --vae), encoder 12.5M, decoder 111.1M; `small`: 1.3M, 6.2M, 41.3M; `tiny`: 0.24M, 0.76M, 2.27M.
+# (SD3's, --vae), encoder 12.5M, decoder 111.1M; `small`: 1.3M, 6.2M, 41.3M; `tiny`: 0.24M, 0.49M, 1.67M.
 PRESETS = {
     "tiny": {},
     "small": dict(scenario="all", clips=20000, size=128, vae_width=32, vae_levels=4, vae_latent=8, vae_steps=2000, vae_batch=128,

@@ -172,8 +172,8 @@ ABLATION = {                        # one factor at a time
     "no token noise, no crowding": {"token_noise": 0.0, "spread": 0.0},
     "6 in 10 of pure noise": {"pure_noise": 0.6},
     "time not skewed": {"shift": 1.0},
-    "decoder 3 layers": {"layers": 3},
-    "encoder 2 layers": {"encoder_layers": 2},
+    "decoder 4 layers": {"layers": 4},
+    "encoder 3 layers": {"encoder_layers": 3},
     "no crowding term": {"spread": 0.0},
     "VAE of 150 steps": {"vae_steps": 150},
 }

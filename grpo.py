@@ -75,7 +75,7 @@ class Config:
     eps: float = 1e-6
     weight_decay: float = 0.05
     clip: float = 1.0           # gradient norm; 0: no clipping
-    eval_clips: int = 192       # per split of the table at the end
+    eval_clips: int = 256       # per split of the table at the end
 
 
 # `paper` is Table 3, on 8 GPUs: 3 or 4 prompts each. The paper gives neither group nor beta. 28 is taken as prompts; groups

@@ -66,7 +66,7 @@ class Config:
     dtype: str = "float32"      # of the weights, or bfloat16; the optimizer's are float32
     checkpointing: bool = False # keep only the blocks' inputs for the backward pass, and compute the rest again there
     # optimization
-    steps: int = 2400
+    steps: int = 2000
     batch: int = 16             # twice the steps of 32 clips learn more in the same time
     micro: int = 0              # clips per backward pass and rank; 0: all at once
     lr: float = 1.5e-3
@@ -76,7 +76,7 @@ class Config:
     eps: float = 1e-6
     weight_decay: float = 0.05
     clip: float = 1.0           # gradient norm; 0: no clipping
-    eval_clips: int = 192       # per split of the table at the end
+    eval_clips: int = 256       # per split of the table at the end
 
 
 # `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
