@@ -165,8 +165,9 @@ ABLATION = {                        # one factor at a time
     "as it is": {},
     "twice the budget": {"steps": 4000},
     "16 tokens": {"queries": 16},
-    "4 tokens": {"queries": 4},
-    "codes of 4 dimensions": {"code_dim": 4, "token_noise": 0.4},       # as long a noise vector: 0.2 sqrt(16 / 4)
+    "8 tokens": {"queries": 8},
+    "codes of 4 dimensions": {"code_dim": 4},                           # a sphere, not a circle
+    "codes of 16 dimensions": {"code_dim": 16, "token_noise": 0.2},     # with less noise tokens do not specialise
     "all tokens at every time": {"prefix": "all"},
     "no pure noise (nor what waits for it)": {"pure_noise": 0.0},     # past_plateau is measured there: no token noise, no crowding
     "no token noise, no crowding": {"token_noise": 0.0, "spread": 0.0},

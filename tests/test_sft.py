@@ -64,6 +64,39 @@ def test_what_is_read_may_be_wrong_what_is_asked_is_true():
     assert not torch.allclose(loss, sft.NextToken(llama)(ids, ids))
 
 
+def test_misread():
+    """Given frames are read as they are, later ones as a near code, each equally often, but for a share read as any code."""
+    codes = torch.randint(50, (400, 6, 3), generator=torch.Generator().manual_seed(0))
+    near = (torch.arange(50)[:, None] + torch.arange(-1, 2)) % 50                            # itself and both neighbours
+    read = lambda corrupt, near=near: sft.misread(codes, near, corrupt, torch.Generator().manual_seed(1))
+    step = (read(0.0) - codes + 1) % 50                                                      # 0, 1, 2
+    assert (step[:, :3] == 1).all() and torch.equal(step[:, 3:].unique(), torch.arange(3))
+    shares = torch.bincount(step[:, 3:].flatten()) / step[:, 3:].numel()
+    torch.testing.assert_close(shares, torch.full((3,), 1 / 3), rtol=0, atol=0.03)
+    assert torch.equal(read(0.0, near[:, 1:2]), codes)
+    wrong = (read(0.2, near[:, 1:2]) != codes).float().mean((0, 2))                          # one in 50 is right by chance
+    torch.testing.assert_close(wrong, 0.2 * 49 / 50 * torch.tensor([0, 0, 0, 1.0, 1, 1]), rtol=0, atol=0.04)
+    assert torch.equal(read(0.2), read(0.2))
+
+
+def test_near_codes_begin_alike():
+    """Similarity of the rows falls with the angle between two codes as the kernel of the features does; BOS and scale stay."""
+    torch.manual_seed(0)
+    angle = torch.arange(256) * (2 * math.pi / 256)
+    circle = torch.stack([angle.cos(), angle.sin(), torch.zeros(256)], -1)
+    llama = Llama(LlamaConfig(257, 512, 48, 1, 4, 2, 8, n_visual=256))
+    before = [w.clone() for w in (llama.model["embed_tokens"].weight, llama.lm_head.weight)]
+    sft.begin_alike(llama, circle, 5.0)
+    frequency = torch.logspace(0, math.log10(5), 512)
+    for old, new in zip(before, (llama.model["embed_tokens"].weight, llama.lm_head.weight)):
+        assert torch.equal(old[0], new[0]) and new[1:].std().item() == pytest.approx(old[1:].std().item(), rel=0.05)
+        for steps in (1, 5, 20, 100):
+            d = 2 * math.sin(math.pi * steps / 256)                                  # between codes so many steps apart
+            kernel = torch.exp(-(frequency * d).square() / 2).mean().item()          # E cos(w d), w ~ N(0, s^2)
+            found = torch.cosine_similarity(new[1:], new[1:].roll(steps, 0), dim=-1).mean().item()
+            assert found == pytest.approx(kernel, abs=0.03)
+
+
 # ------------------------------------------------------------------ training clips as codes
 
 
