@@ -250,7 +250,7 @@ class DiTConfig:
     levels: int = 1000          # noise levels
     calls: int = 25             # of the model for a clip (DDIM)
     # optimization
-    steps: int = 1450           # as many FLOPs as sft.py's 2000 steps of 16 clips
+    steps: int = 1275           # as many FLOPs as sft.py's 4000 steps of 16 clips
     batch: int = 8
     micro: int = 0              # clips per backward pass and rank; 0: all at once
     lr: float = 1e-3

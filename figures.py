@@ -368,16 +368,18 @@ def figure7(config: Config, folder: Path) -> str:
     ddt = models["DDT"].config
     names = train.scenarios(ddt.scenario)
     frames, _, _ = still(4, names[0], "iid", ddt.size, seed=5)
+    parts = min(8, *(model.config.queries for model in models.values()))
     for a, b in ((0, 1), (2, 3)):
         for name, model in models.items():
             codes, K = in_chunks(model.encode, frames), model.config.queries
-            shares = [K * i // 8 for i in range(9)]
+            shares = [K * i // parts for i in range(parts + 1)]
             mixed = torch.stack([torch.cat([codes[b, :m], codes[a, m:]]) for m in shares])
             painted = in_chunks(lambda c: model.decode(c, generator=seeded()), mixed)
             rows.append(torch.cat([frames[a:a + 1], painted, frames[b:b + 1]]))
             labels.append(name)
     sim.save_strip(folder / "figure7.png", rows, labels, every=1, pixels=64)
-    return "left: a frame; then its reconstruction, with 1/8, 2/8, ... of its tokens replaced by those of the frame on the right"
+    return f"left: a frame; then its reconstruction, with 0, 1, ... {parts} of {parts} parts of its tokens replaced by those of the " \
+           "frame on the right"
 
 
 def columns(head: str, curves: dict[str, list[tuple[float, float]]]) -> str:

@@ -133,10 +133,12 @@ def test_sft_starts_from_given_weights(finished, tmp_path, capsys, monkeypatch):
     for stage in ("vae", "ddt"):
         shutil.copytree(finished / stage, tmp_path / "run" / stage)
     args = ["--out", tmp_path / "run", "--llm", llm, *SFT]
+    config = json.loads((llm / "config.json").read_text())
+    context = lambda n: (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": n}))
+    context(128)
     short = complaint(capsys, sft.main, *args)
-    assert "257 tokens, this model's context 256" in short and "\n" not in short
-    config = json.loads((llm / "config.json").read_text()) | {"max_position_embeddings": 257}
-    (llm / "config.json").write_text(json.dumps(config))
+    assert "129 tokens, this model's context 128" in short and "\n" not in short
+    context(129)
     monkeypatch.setattr(sim, "SHOWN", ("iid",))                                   # one split to evaluate, for time
     sft.main([str(x) for x in args])
     model = Llama.load(tmp_path / "run" / "sft")

@@ -79,6 +79,26 @@ def test_misread():
     assert torch.equal(read(0.2), read(0.2))
 
 
+def test_neighbours():
+    """On a circle the codes on both sides; a code itself is the first, whatever its equals."""
+    angle = torch.arange(256) * (2 * math.pi / 256)
+    circle = torch.stack([angle.cos(), angle.sin(), torch.zeros(256)], -1)
+    near, i = sft.neighbours(circle, 5), torch.arange(256)
+    assert torch.equal(near[:, 0], i)
+    assert torch.equal(near.sort().values, torch.stack([(i + j) % 256 for j in range(-2, 3)], -1).sort().values)
+    circle[:100] = circle[7]
+    assert torch.equal(sft.neighbours(circle, 1)[:, 0], i)
+
+
+def test_what_is_asked_of_the_model_is_true():
+    llama, codes = model(), clips(F=6).long()
+    near = torch.stack([torch.arange(12), (torch.arange(12) + 1) % 12], 1)
+    asked, read = sft.batch_of(llama, codes, near, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(asked, sft.sequence(llama, codes))
+    given = 1 + sim.CONDITION * 2                                                            # BOS and 3 frames of 2 codes
+    assert torch.equal(read[:, :given], asked[:, :given]) and (read[:, given:] != asked[:, given:]).any()
+
+
 def test_near_codes_begin_alike():
     """Similarity of the rows falls with the angle between two codes as the kernel of the features does; BOS and scale stay."""
     torch.manual_seed(0)
