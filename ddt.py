@@ -42,7 +42,7 @@ Differences from the paper, and choices where it is silent
     python ddt.py                       # trains what is missing in runs/tiny: vae/, then ddt/
     python ddt.py --steps 8000          # any field of Config is a flag
 
-Expected at `tiny` on 2 CPU cores: 11 minutes; median centre error of one-call reconstruction 0.02 to 0.04 world units, all 256
+Expected at `tiny` on 2 CPU cores: 8 to 15 minutes; median centre error of one-call reconstruction 0.02 to 0.04 world units, all 256
 codes in use.
 
 Axes: B batch, F frames, C channels, H W pixels or latent cells, P patches, K tokens of a frame, D width, N codes.
@@ -135,7 +135,7 @@ PRESETS = {
                   image_width=128, query_width=256, encoder_layers=12, width=512, layers=12, heads=8,
                   steps=140_000, batch=1024, lr=1e-4, warmup=5000, clip=0.0, eval_clips=1000),
 }
-EXPECTED = {"tiny": "About 11 minutes on 2 CPU cores (VAE 2, DDT 9).", "small": "Not run yet.", "paper": "Not run yet."}
+EXPECTED = {"tiny": "8 to 15 minutes on 2 CPU cores (VAE 1 to 2, DDT 6 to 12).", "small": "Not run yet.", "paper": "Not run yet."}
 
 # ------------------------------------------------------------------ VAE (diffusers' AutoencoderKL)
 

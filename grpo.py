@@ -20,7 +20,7 @@ Differences from textbook GRPO, and choices where the paper is silent
     python grpo.py --steps 80           # the same without torchrun; any field of Config is a flag
     torchrun --nproc_per_node=8 grpo.py # 8 ranks; the global batch stays as it is
 
-Expected at `tiny` on 2 CPU cores: 27 minutes in all, GRPO 4 of them (3.6 seconds a step).
+Expected at `tiny` on 2 CPU cores: 18 minutes in all, GRPO 2 of them (2.4 seconds a step); up to twice that on slower ones.
 
 Axes: P prompts, G rollouts per prompt (group), R = P G rollouts, S sequence, T sampled tokens, V visual codes, F frames,
 K tokens of a frame.
@@ -86,7 +86,7 @@ PRESETS = {
     "paper": dict(scenario="all", clips=30000, prompts=28, micro=8, checkpointing=True, steps=1600, lr=3e-6, warmup=100,
                   save_every=50, eval_clips=1000),
 }
-EXPECTED = {"tiny": "About 4 minutes on 2 CPU cores.", "small": "Not run yet.", "paper": "Not run yet."}
+EXPECTED = {"tiny": "2 to 4 minutes on 2 CPU cores.", "small": "Not run yet.", "paper": "Not run yet."}
 NOISE = 0.01                    # of the reward: its std between two decodings of the same codes is 0.013 to 0.035
 
 # ------------------------------------------------------------------ the algorithm

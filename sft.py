@@ -21,7 +21,7 @@ Choices where the paper is silent
     python sft.py                       # makes runs/tiny/vae and runs/tiny/ddt first if they are missing
     python sft.py --llm DIR             # starts from the weights of a Llama or Qwen2 (Hugging Face's or Meta's layout)
 
-Expected at `tiny` on 2 CPU cores: 11 minutes, of them 1 for the tokens; loss 1.4 nats a token, drift_error 0.24 to 0.29 on iid
+Expected at `tiny` on 2 CPU cores: 7 to 14 minutes, of them 1 to 2 for the tokens; loss 1.4 nats a token, drift_error 0.24 to 0.29 on iid
 clips.
 
 Axes: B clips, F frames, K tokens of a frame, S sequence, V visual codes.
@@ -94,7 +94,7 @@ PRESETS = {
     "paper": dict(scenario="all", clips=3_000_000, corrupt=0.0, near=1, dtype="bfloat16", checkpointing=True, steps=360_000,
                   batch=768, lr=1e-4, warmup=5000, save_every=1000, eval_clips=1000),
 }
-EXPECTED = {"tiny": "About 11 minutes on 2 CPU cores.", "small": "Not run yet.", "paper": "Not run yet."}
+EXPECTED = {"tiny": "7 to 14 minutes on 2 CPU cores.", "small": "Not run yet.", "paper": "Not run yet."}
 
 # ------------------------------------------------------------------ clips as sequences
 
