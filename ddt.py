@@ -42,8 +42,8 @@ Differences from the paper, and choices where it is silent
     python ddt.py                       # trains what is missing in runs/tiny: vae/, then ddt/
     python ddt.py --steps 8000          # any field of Config is a flag
 
-Expected at `tiny` on 2 CPU cores: 8 to 15 minutes; median centre error of one-call reconstruction 0.02 to 0.04 world units, all 256
-codes in use.
+Expected at `tiny` on 2 CPU cores: 8 to 15 minutes; median centre error of one-call reconstruction 0.02 to 0.04 world units,
+all 256 codes in use.
 
 Axes: B batch, F frames, C channels, H W pixels or latent cells, P patches, K tokens of a frame, D width, N codes.
 """

@@ -378,8 +378,8 @@ def figure7(config: Config, folder: Path) -> str:
             rows.append(torch.cat([frames[a:a + 1], painted, frames[b:b + 1]]))
             labels.append(name)
     sim.save_strip(folder / "figure7.png", rows, labels, every=1, pixels=64)
-    return f"left: a frame; then its reconstruction, with 0, 1, ... {parts} of {parts} parts of its tokens replaced by those of the " \
-           "frame on the right"
+    return (f"left: a frame; then its reconstruction, with 0, 1, ... {parts} of {parts} parts of its tokens replaced by those of "
+            "the frame on the right")
 
 
 def columns(head: str, curves: dict[str, list[tuple[float, float]]]) -> str:

@@ -21,8 +21,8 @@ Choices where the paper is silent
     python sft.py                       # makes runs/tiny/vae and runs/tiny/ddt first if they are missing
     python sft.py --llm DIR             # starts from the weights of a Llama or Qwen2 (Hugging Face's or Meta's layout)
 
-Expected at `tiny` on 2 CPU cores: 7 to 14 minutes, of them 1 to 2 for the tokens; loss 1.4 nats a token, drift_error 0.24 to 0.29 on iid
-clips.
+Expected at `tiny` on 2 CPU cores: 7 to 14 minutes, of them 1 to 2 for the tokens; loss 1.4 nats a token, drift_error 0.24 to
+0.29 on iid clips.
 
 Axes: B clips, F frames, K tokens of a frame, S sequence, V visual codes.
 """
@@ -327,8 +327,8 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
     with train.Run(folder, model, config, world) as run:
         for step in run:
             clips = codes[train.rows(config.seed, step, config.batch, len(codes))].long()         # (B, F, K)
-            batch = batch_of(model, clips, near, config.corrupt, train.generator(config.seed, step))
-            batch = (world.share(ids).to(world.device).tensor_split(parts) for ids in batch)
+            asked, read = batch_of(model, clips, near, config.corrupt, train.generator(config.seed, step))
+            batch = (world.share(ids).to(world.device).tensor_split(parts) for ids in (asked, read))
             run.update(loss_of, (loss_of(*part).sum() / config.batch for part in zip(*batch)), parts)
     if world.is_main:
         reward.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
