@@ -163,20 +163,18 @@ def what_codes_say(model: DDT | VQGAN, scenario: str, kind: str, config: Config)
 BASE, SEEDS = tokenizers.Config(steps=2000), (0, 1, 2)      # every row takes as many steps as make the same number of FLOPs
 ABLATION = {                        # one factor at a time
     "as it is": {},
-    "twice the budget": {"steps": 4000},
-    "16 tokens": {"queries": 16},
     "8 tokens": {"queries": 8},
-    "codes of 4 dimensions": {"code_dim": 4},                           # a sphere, not a circle
+    "16 tokens": {"queries": 16},
     "codes of 16 dimensions": {"code_dim": 16, "token_noise": 0.2},     # with less noise tokens do not specialise
+    "codes of 4 dimensions": {"code_dim": 4},                           # a sphere, not a circle
     "all tokens at every time": {"prefix": "all"},
     "no pure noise (nor what waits for it)": {"pure_noise": 0.0},     # past_plateau is measured there: no token noise, no crowding
-    "no token noise, no crowding": {"token_noise": 0.0, "spread": 0.0},
     "6 in 10 of pure noise": {"pure_noise": 0.6},
     "time not skewed": {"shift": 1.0},
     "decoder 4 layers": {"layers": 4},
-    "encoder 3 layers": {"encoder_layers": 3},
-    "no crowding term": {"spread": 0.0},
     "VAE of 150 steps": {"vae_steps": 150},
+    "no token noise, no crowding": {"token_noise": 0.0, "spread": 0.0},
+    "twice the budget": {"steps": 4000},
 }
 
 
@@ -210,8 +208,9 @@ def ablation(config: Config, folder: Path) -> str:
                 reward.write(path, done)
             rows.append(done[run]["quality"])
         x = torch.tensor(rows, dtype=torch.float64)
-        lines.append(f"{name:37s}{c.steps:6d}" + "".join(f"{mean:9.3f} +-{se:6.3f}" for mean, se in zip(
+        lines.append(f"{name:38s}{c.steps:5d}" + "".join(f"{mean:9.3f} +-{se:6.3f}" for mean, se in zip(
             x.mean(0), x.std(0) / math.sqrt(len(rows)))))
+        print(lines[-1])                                                          # hours: what is known is said
     return "\n".join(lines)
 
 
