@@ -1,21 +1,30 @@
 """
 The paper's tables and figures, from what a run folder holds.
 
+    python figures.py --table 1             # DiT beside our language models, in and out of distribution
+    python figures.py --table 2             # VQGAN and DDT tokens, without and with RL; most likely codes, samples, best of 8
     python figures.py --table 4             # reconstruction: ground truth, VAE, VQGAN, DDT; Euler steps; what the codes carry
+    python figures.py --table order         # SFT on codes in the reverse order: trains it
     python figures.py --table ablation      # trains tokenizers that differ in one factor, three seeds each: hours
-    python figures.py --figure prefix       # reconstruction from the first k tokens
+    python figures.py --table rl            # trains policies that differ in one factor
+    python figures.py --figure 3            # error against the number of training clips: trains language models
+    python figures.py --figure 4            # clips beside the truth
     python figures.py --figure 5            # how tokens answer to a ball that is moved
     python figures.py --figure 6            # how alike the tokens of near frames are
     python figures.py --figure 7            # one frame's tokens replaced by another's, span by span
+    python figures.py --figure 8            # errors before and after RL, over the first frames' radius and speed
+    python figures.py --figure prefix       # reconstruction from the first k tokens
 
-Each reads the tokenizers of runs/tiny (--out), says which command makes what is missing, and writes <out>/figures/: a PNG, and
-the numbers as JSON. A table goes on where it was stopped. One process, on the GPU if there is one.
+Each reads what runs/tiny (--out) holds, says which command makes what is missing, and writes <out>/figures/: a PNG, and the
+numbers as JSON. A table goes on where it was stopped; tables 1, 2 and order take the runs of --others (other seeds, motions or
+tokenizers) together with it. One process, on the GPU if there is one.
 
 Axes: B frames, F frames of a clip, K tokens of a frame, N codes.
 """
 import dataclasses
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -25,10 +34,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import ddt as tokenizers
+import grpo
 import reward
+import sft
 import sim
 import train
-from baselines import VQGAN
+from baselines import DiT, VQGAN
 from ddt import DDT, center_error, reconstruction
 from lm import Llama, Tokenizer
 
@@ -37,9 +48,10 @@ from lm import Llama, Tokenizer
 class Config:
     preset: str = "tiny"
     out: str = ""               # run folder; empty: runs/<preset>
-    table: str = ""             # 4 or ablation
-    figure: str = ""            # prefix, 5, 6 or 7
-    clips: int = 32             # per split
+    others: str = ""            # more run folders, separated by commas
+    table: str = ""             # 1, 2, 4, order, ablation or rl
+    figure: str = ""            # 3 to 8 or prefix
+    clips: int = 32             # per split, of tokenizers; of models that predict four times as many
     llm: str = ""               # figures 5 and 6: folder of a text model, whose embedding of the coordinates is compared
 
 
@@ -51,20 +63,35 @@ PRESETS = {"tiny": {}, "small": {}, "paper": {}}        # the run folder's
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(config: Config, model: type[DDT] | type[VQGAN]) -> DDT | VQGAN:
-    """The DDT or VQGAN of the run folder, or one line that says how to make it."""
-    name = "ddt" if model is DDT else "vqgan"
-    train.need(Path(config.out, name, "model.safetensors").exists(), f"{config.out}/{name} is missing: make it with "
-               f"`python {train.script(name)} --preset {config.preset} --out {config.out}`")
-    return model.load(Path(config.out, name)).to(DEVICE)
+def load(run: Path, name: str) -> DDT | VQGAN | DiT:
+    """A run folder's model of frames, or one line that says how to make it."""
+    train.need((run / name / "model.safetensors").exists(), f"{run}/{name} is missing: make it with "
+               f"`python {train.script(name)} --out {run}`, and the --preset that the folder has")
+    return {"ddt": DDT, "vqgan": VQGAN, "dit": DiT}[name].load(run / name).to(DEVICE)
 
 
 def both(config: Config) -> dict[str, DDT | VQGAN]:
-    ddt, vqgan = load(config, DDT), load(config, VQGAN)
+    ddt, vqgan = (load(Path(config.out), name) for name in ("ddt", "vqgan"))
     train.need((ddt.config.size, ddt.config.scenario) == (vqgan.config.size, vqgan.config.scenario),
                f"{config.out}: the DDT is of {ddt.config.scenario}, {ddt.config.size} pixels, the VQGAN of "
                f"{vqgan.config.scenario}, {vqgan.config.size}: train one of them again with --fresh")
     return {"VQGAN": vqgan, "DDT": ddt}
+
+
+def language_model(run: Path, name: str) -> tuple[Llama, DDT | VQGAN]:
+    """The model of <run>/sft or <run>/grpo, and the tokenizer whose codes it speaks."""
+    train.need((run / name / "model.safetensors").exists(), f"{run}/{name} is missing: make it with `python {name}.py --out {run}`, "
+               "and the --preset that the folder has")
+    sources = [*json.loads((run / name / "made_of.json").read_text())]
+    model = sft.load(run / name, **{source: run / source / "model.safetensors" for source in sources}).to(DEVICE)
+    return model, load(run, "vqgan" if "vqgan" in sources else "ddt")
+
+
+def runs(config: Config) -> list[Path]:
+    folders = [Path(config.out), *(Path(name.strip()) for name in config.others.split(",") if name.strip())]
+    for folder in folders:
+        train.need(folder.is_dir(), f"{folder} is missing: make it with `python grpo.py --out {folder}`")
+    return folders
 
 
 def in_chunks(f: Callable[..., Tensor], *x: Tensor) -> Tensor:
@@ -110,6 +137,136 @@ def ball_errors(frames: Tensor, position: Tensor, radius: Tensor) -> dict[str, f
             "radius": (size[:, 0] - radius).abs().nanmedian().item(), "missing": (~found).float().mean().item()}
 
 
+def of_these(path: Path, run: Path, *names: str) -> None:
+    """Forgets a file of results that were measured on other models than <run>/<name>."""
+    note, stamp = path.with_suffix(".of.json"), {name: train.checksum(run / name / "model.safetensors") for name in names}
+    if reward.read(note) != stamp:
+        path.unlink(missing_ok=True)
+        reward.write(note, stamp)
+
+
+# ------------------------------------------------------------------ tables 1 and 2
+
+# velocity error in and out of distribution: uniform, parabola, collision
+PAPER1 = {"DiT-S": "0.015 / 0.288  0.052 / 0.311  0.023 / 0.153", "DiT-B": "0.014 / 0.358  0.036 / 0.287  0.018 / 0.211",
+          "DiT-L": "0.012 / 0.427  0.035 / 0.337  0.015 / 0.161", "Qwen-1.5B": "0.025 / 0.271  0.023 / 0.399  0.056 / 0.185",
+          "Qwen-7B": "0.016 / 0.071  0.017 / 0.068  0.043 / 0.047", "Llama3.1-8B": "0.014 / 0.057  0.018 / 0.062  0.048 / 0.051"}
+PAPER2 = {"VQGAN, SFT": "0.032 / 0.884  0.090 / 0.951  0.054 / 0.322", "VQGAN, SFT + RL": "0.030 / 0.281  0.082 / 0.426  0.053 / 0.120",
+          "DDT, SFT": "0.032 / 0.763  0.024 / 0.685  0.050 / 0.184", "DDT, SFT + RL": "0.014 / 0.057  0.018 / 0.062  0.048 / 0.051"}
+SAMPLES = 8
+
+
+def predictions(run: Path, name: str, config: Config, samples: int = 0) -> dict[str, dict]:
+    """
+    What <run>/dit, sft or grpo predicts of iid clips and of each out-of-distribution level: row -> scenario -> split ->
+    reward.evaluate's result, kept in <run>/figures/<name>.json. Rows: "" (DiT's sample, a language model's most likely codes)
+    and, of language models, "sample 1" to "sample <samples>" (top-k 50, top-p 0.95, those of the rollouts).
+    """
+    path = train.writable(run / "figures") / f"{name}.json"
+    if name == "dit":
+        model = load(run, "dit")
+        predictors, c = {"": model.predictor()}, model.config
+    else:
+        model, tokenizer = language_model(run, name)
+        c = tokenizer.config
+        predictors = {"": sft.predictor(model, tokenizer)} | {
+            f"sample {i + 1}": sft.predictor(model, tokenizer, i, 50, 0.95) for i in range(samples)}
+    of_these(path, run, name)
+    for row, predict in predictors.items():
+        for scenario in train.scenarios(c.scenario):
+            reward.add_row(path, row, predict, [scenario], ("iid", *sim.levels(scenario)), 4 * config.clips, size=c.size,
+                           device=DEVICE)
+    return {row: result for row, result in reward.read(path).items() if row in predictors}
+
+
+def clip_by_clip(results: list[dict], splits: list[str], measure: str, best: bool = False) -> Tensor:
+    """
+    A measure of every clip of the splits, the mean over results (samples), or that of the result with the best reward: (B,).
+    Clips in which no frame counts are left out.
+    """
+    value, score = (torch.tensor([[x for split in splits for x in r[split]["each"][name]] for r in results], dtype=torch.float64)
+                    for name in (measure, "reward"))                              # (results, B) each
+    value = value.gather(0, score.argmax(0, keepdim=True))[0] if best else value.mean(0)
+    return value[~value.isnan()]
+
+
+def cell(values: list[Tensor]) -> str:
+    """Mean +- standard error: over runs, of one run over clips."""
+    x = torch.stack([v.mean() for v in values]) if len(values) > 1 else values[0]
+    return f"{x.mean():.3f} +- {x.std() / math.sqrt(len(x)):.3f}"
+
+
+def comparison(rows: dict[str, list[tuple[list[dict], bool]]], paper: dict[str, str]) -> str:
+    """
+    Rows: label -> for every run its results (scenario -> split -> evaluate's) and whether the best is taken -> drift_error, which
+    is very likely what the paper's tables hold (head of reward.py), and the reward, beside the paper's numbers.
+    """
+    lines = []
+    for i, scenario in enumerate(sim.SCENARIOS):
+        lines += [f"\n{scenario}".ljust(38) + "runs" + "".join(f"{x:>18s}" for x in ("drift_error, IID", "OOD", "reward, IID", "OOD"))]
+        here = {label: [([r[scenario] for r in results], best) for results, best in of_runs if scenario in results[0]]
+                for label, of_runs in rows.items()}
+        for label, of_runs in here.items():
+            cells = [cell([clip_by_clip(results, splits, measure, best) for results, best in of_runs])
+                     for measure in ("drift_error", "reward") for splits in (["iid"], sim.levels(scenario))] if of_runs else ["not run yet"]
+            if of_runs or any(here.values()):
+                lines.append(f"  {label:35s}{len(of_runs):4d}" + "".join(f"{x:>18s}" for x in cells))
+        if not any(here.values()):
+            lines.append(f"  not run yet: python grpo.py --scenario {scenario} --out FOLDER, and --others FOLDER here")
+        for label, numbers in paper.items():
+            iid, ood = numbers.split("  ")[i].split(" / ")
+            lines.append(f"  {'paper: ' + label:39s}{iid:>18s}{ood:>18s}")
+    return "\n".join(lines)
+
+
+def table1(config: Config, folder: Path) -> str:
+    rows = {"DiT": [], "SFT": [], "SFT + RL": []}
+    for run in runs(config):
+        for label, name in zip(rows, ("dit", "sft", "grpo")):
+            if (run / name / "model.safetensors").exists():
+                rows[label].append(([predictions(run, name, config)[""]], False))
+    train.need(any(rows.values()), f"{config.out} holds no model that predicts: make one with `python grpo.py --out {config.out}`")
+    return comparison(rows, PAPER1) + ("" if rows["DiT"] else "\n\nA DiT is made by `python baselines.py dit --out "
+                                       f"{config.out}`")
+
+
+def table2(config: Config, folder: Path) -> str:
+    rows = {}
+    for kind in ("VQGAN", "DDT"):
+        for name, label in (("sft", "SFT"), ("grpo", "SFT + RL")):
+            for how in ("", ", sampled", f", best of {SAMPLES} samples"):
+                rows[f"{kind}, {label}{how}"] = []
+    for run in runs(config):
+        for name, label in (("sft", "SFT"), ("grpo", "SFT + RL")):
+            _, tokenizer = language_model(run, name)
+            row = f"{'DDT' if isinstance(tokenizer, DDT) else 'VQGAN'}, {label}"
+            likely, *samples = predictions(run, name, config, SAMPLES).values()
+            rows[row].append(([likely], False))
+            rows[row + ", sampled"].append((samples, False))
+            rows[row + f", best of {SAMPLES} samples"].append((samples, True))
+    return comparison(rows, PAPER2)
+
+
+def order(config: Config, folder: Path) -> str:
+    """SFT on each run's tokenizer with the codes of a frame reversed, in <run>/reverse, against the run's own."""
+    lines = ["drift_error of SFT".ljust(32) + "".join(f"{split:>18s}" for split in sim.SHOWN)]
+    found: dict[str, list[list[Tensor]]] = {}
+    for run in runs(config):
+        ddt, turned = load(run, "ddt"), run / "reverse"
+        if not (turned / "sft" / "model.safetensors").exists():
+            ddt.config.order = {"forward": "reverse", "reverse": "forward"}[ddt.config.order]
+            ddt.save(train.writable(turned / "ddt"))
+            c = json.loads((run / "sft" / "trained.json").read_text())
+            sft.main(["--preset", config.preset, "--out", str(turned), "--seed", str(c["seed"]), "--scenario", c["scenario"]])
+        for place in (run, turned):
+            results = reward.read(place / "results.json")["SFT"][train.scenarios(ddt.config.scenario)[0]]
+            found.setdefault(load(place, "ddt").config.order, []).append(
+                [clip_by_clip([results], [split], "drift_error") for split in sim.SHOWN])
+    for name, of_runs in found.items():
+        lines.append(f"  {name} ({len(of_runs)} runs)".ljust(32) + "".join(f"{cell(list(values)):>18s}" for values in zip(*of_runs)))
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------ table 4
 
 STEPS = (4, 16, 50)
@@ -117,7 +274,7 @@ STEPS = (4, 16, 50)
 
 def table4(config: Config, folder: Path) -> str:
     models, out = both(config), Path(config.out)
-    ddt, path, note = models["DDT"], folder / "table4.json", folder / "table4.of.json"
+    ddt, path = models["DDT"], folder / "table4.json"
     names, size = train.scenarios(ddt.config.scenario), ddt.config.size
 
     def euler(n):
@@ -128,10 +285,7 @@ def table4(config: Config, folder: Path) -> str:
 
     rows = {"ground truth": lambda frames: frames, "VAE": reconstruction(ddt.vae), "VQGAN": reconstruction(models["VQGAN"]),
             "DDT": reconstruction(ddt)} | {f"DDT, {n} Euler steps": euler(n) for n in STEPS}
-    stamp = {name: train.checksum(out / name / "model.safetensors") for name in ("ddt", "vqgan")}
-    if reward.read(note) != stamp:                                                # a table of other tokenizers than these
-        path.unlink(missing_ok=True)
-        reward.write(note, stamp)
+    of_these(path, out, "ddt", "vqgan")
     for row, predict in rows.items():
         for name in names:
             reward.add_row(path, row, predict, [name], ("iid", *sim.levels(name)), config.clips, size=size, shown=sim.FRAMES,
@@ -261,7 +415,173 @@ def reading(model: DDT | VQGAN, scenario: str, n: int, steps: int = 1000) -> flo
             return (mlp(held_out) - truth).abs().mean().item()
 
 
+# ------------------------------------------------------------------ what makes RL work
+
+RL = {                              # factor -> what is drawn together: one change each from grpo.py's defaults
+    "as it is": {"the next 8 frames": {}},
+    "credit": {"the whole clip": {"whole_clip": True}, "all frames ahead": {"horizon": sim.FRAMES}},
+    "old clips": {"no old clips": {"keep": 0.0}},
+    "scoring": {"untruncated": {"untruncated": True}},
+    "groups": {"16 groups of 4": {"prompts": 16, "group": 4}, "4 groups of 16": {"prompts": 4, "group": 16}},
+    "KL": {"beta 0": {"beta": 0.0}, "beta 0.01": {"beta": 0.01}, "beta 0.04": {"beta": 0.04}},
+    "SFT": {"SFT of 1000 steps": {"sft": 1000}, "SFT of 2000 steps": {"sft": 2000}},
+}
+
+
+def copied(run: Path, place: Path, *names: str) -> Path:
+    """A run folder of its own that begins with some of another's models and their rows of the table."""
+    rows = {"vae": ("ground truth", "VAE"), "ddt": ("DDT",), "sft": ("SFT",)}
+    if not place.exists():
+        for name in names:
+            shutil.copytree(run / name, place / name, ignore=shutil.ignore_patterns("log.jsonl"))
+        known = reward.read(run / "results.json")
+        reward.write(place / "results.json", {row: known[row] for name in names for row in rows[name] if row in known})
+    return place
+
+
+def rl(config: Config, folder: Path) -> str:
+    """GRPO on each run's SFT model, but for one factor as grpo.py does it, in <run>/rl: learning curves and what came of it."""
+    train.need(config.preset == "tiny", "the ablation of RL is of `tiny`")
+    head = ("training reward", "kl", "entropy", "zero std", "posttrain reward", "iid reward", "slow drift", "fast drift")
+    lines, curves = [" " * 20 + "".join(f"{x:>18s}" for x in head)], {}
+    for factor, rows in RL.items():
+        for name, change in rows.items():
+            logs, changes = [], {}
+            for run in runs(config):
+                flags, steps = dict(change), change.get("sft")
+                flags.pop("sft", None)
+                seed = json.loads((run / "sft" / "trained.json").read_text())["seed"]
+                place = copied(run, run / "rl" / name.replace(" ", "-"), "vae", "ddt", *(() if steps else ("sft",)))
+                if steps:
+                    sft.main(["--out", str(place), "--seed", str(seed), "--steps", str(steps)])
+                grpo.main(["--out", str(place), "--seed", str(seed)] + [text for key, value in flags.items() for text in (
+                    [f"--{key}"] if value is True else [f"--{key}", str(value)])])
+                logs.append([json.loads(line) for line in (place / "grpo" / "log.jsonl").read_text().splitlines()])
+                results = reward.read(place / "results.json")
+                for split, measure in (("posttrain", "reward"), ("iid", "reward"), ("slow", "drift_error"), ("fast", "drift_error")):
+                    before, after = (torch.tensor(results[row]["uniform"][split]["each"][measure]) for row in ("SFT", "SFT + RL"))
+                    changes.setdefault(split, []).append((after - before)[~(after - before).isnan()])
+            last = len(logs[0]) * 4 // 5                                          # the last fifth of the steps
+            mean = {key: sum(line[key] for log in logs for line in log[last:]) / sum(len(log[last:]) for log in logs)
+                    for key in ("reward", "kl", "entropy", "frac_reward_zero_std")}
+            lines.append(f"{name:20s}" + "".join(f"{x:18.3f}" for x in mean.values()) + "".join(
+                f"{cell(x):>18s}" for x in changes.values()))
+            print(lines[-1])
+            curves[name] = [(i, sum(log[j]["reward"] for log in logs for j in range(i, i + 5)) / (5 * len(logs)))
+                            for i in range(len(logs[0]) - 4)]
+        chart(folder / f"rl_{factor.replace(' ', '_')}.png", "step", "reward of rollouts, mean of 5 steps",
+              {name: curves[name] for name in [*RL["as it is"], *rows]})
+    (folder / "rl.json").write_text(json.dumps(curves) + "\n")
+    return "\n".join(lines) + "\n(the first four: of rollouts in the last fifth of the steps; then RL minus SFT, the same clips)"
+
+
 # ------------------------------------------------------------------ figures
+
+SIZES = {"tiny": (60, 600, 6000), "small": (200, 2000, 20_000), "paper": (30_000, 300_000, 3_000_000)}
+
+
+def figure3(config: Config, folder: Path) -> str:
+    """drift_error of SFT against the number of training clips of each motion, all on the run's tokenizer."""
+    run, curves, seen = Path(config.out), {}, {}
+    load(run, "ddt")
+    own = json.loads((run / "sft" / "trained.json").read_text()) if (run / "sft" / "trained.json").exists() else {}
+    for n in SIZES[config.preset]:
+        place = run if n == own.get("clips") else copied(run, run / "clips" / str(n), "vae", "ddt")
+        if place != run:
+            ddt = json.loads((run / "ddt" / "trained.json").read_text())
+            sft.main(["--preset", config.preset, "--out", str(place), "--clips", str(n), "--seed", str(ddt["seed"]),
+                      "--scenario", ddt["scenario"]])
+        for scenario, splits in reward.read(place / "results.json")["SFT"].items():
+            for split in ("iid", "ood"):
+                curves.setdefault(f"{scenario}, {split}", []).append((math.log10(n), splits[split]["drift_error"]))
+                seen.setdefault(n, {})[f"{scenario}, {split}"] = f"{splits[split]['drift_error']:.3f} +- {splits[split]['drift_error_se']:.3f}"
+    (folder / "figure3.json").write_text(json.dumps(curves, indent=1) + "\n")
+    chart(folder / "figure3.png", "log10 of the training clips", "drift_error, units a second", curves)
+    return "\n".join([f"{'clips':>9s}" + "".join(f"{name:>20s}" for name in curves)] +
+                     [f"{n:9d}" + "".join(f"{text:>20s}" for text in row.values()) for n, row in seen.items()])
+
+
+def figure4(config: Config, folder: Path) -> str:
+    """One clip of each split, the truth above what each model makes of its first frames."""
+    run, rows, labels = Path(config.out), [], []
+    policy, tokenizer = language_model(run, "grpo")
+    predictors = {"SFT": sft.predictor(language_model(run, "sft")[0], tokenizer), "SFT + RL": sft.predictor(policy, tokenizer)}
+    if (run / "dit" / "model.safetensors").exists():
+        predictors = {"DiT": load(run, "dit").predictor()} | predictors
+    for scenario in train.scenarios(tokenizer.config.scenario):
+        for split in ("iid", *sim.levels(scenario)):
+            clip = sim.sample(scenario, split, 1, reward.EVAL_SEED)
+            frames = sim.render(clip.position, clip.radius, tokenizer.config.size)
+            shown = {"truth": frames} | {name: f(frames[:, :sim.CONDITION].to(DEVICE)).cpu() for name, f in predictors.items()}
+            rows += [clips[0] for clips in shown.values()]
+            labels += [f"{scenario}, {split}: {name}" for name in shown]
+    sim.save_strip(folder / "figure4.png", rows, labels, every=3, pixels=64)
+    return f"{len(rows)} rows, every third frame"
+
+
+CELLS = 12
+
+
+def figure8(config: Config, folder: Path) -> str:
+    """
+    drift_error and radius_error of SFT and SFT + RL over radius and speed: uniform balls that start at the left, at four heights
+    each. Drawn: the training range (black) and what RL was trained on (blue).
+    """
+    run, N = Path(config.out), 4
+    radii, speeds = torch.linspace(0.3, 2.0, CELLS, dtype=torch.float64), torch.linspace(0.0, 6.0, CELLS, dtype=torch.float64)
+    r, v, height = (x.flatten()[:, None] for x in torch.meshgrid(radii, speeds, torch.linspace(0.1, 0.9, N, dtype=torch.float64),
+                                                                 indexing="ij"))               # (CELLS CELLS 4, 1)
+    start = torch.stack([r + 0.3, r + 0.5 + height * (9 - 2 * r)], -1)                         # (B, 1, 2)
+    clips = sim.play(sim.Clips("uniform", r, v, start[:, None], torch.ones_like(r)[:, None]))
+    panels, found = [], {}
+    for label, name in (("SFT", "sft"), ("SFT + RL", "grpo")):
+        model, tokenizer = language_model(run, name)
+        predict, size = sft.predictor(model, tokenizer), tokenizer.config.size
+        train.need("uniform" in train.scenarios(tokenizer.config.scenario), f"{run} is of {tokenizer.config.scenario}: figure 8 is "
+                   "of uniform motion")
+        errors = []
+        for i in range(0, len(clips), 64):
+            part = clips[i:i + 64].to(DEVICE)
+            errors.append(reward.errors(predict(sim.render(part.position[:, :sim.CONDITION], part.radius, size)), part))
+        for measure, top in (("drift_error", 2.0), ("radius_error", 0.5)):
+            value = torch.cat([e[measure] for e in errors]).cpu().view(CELLS, CELLS, N).nanmean(-1)        # (radius, speed)
+            panels.append((f"{label}: {measure}, white 0, red {top} and more", value, top))
+            found[f"{label}, {measure}"] = value.tolist()
+    (folder / "figure8.json").write_text(json.dumps({"radius": radii.tolist(), "speed": speeds.tolist()} | found) + "\n")
+    heat_maps(folder / "figure8.png", panels[::2] + panels[1::2], radii, speeds)
+    trained = ((radii >= 0.8) & (radii <= 1.4))[:, None] & ((speeds >= 1.5) & (speeds <= 3.5))
+    return "\n".join(f"{name:28s} in the training range {torch.tensor(x)[trained].nanmean():.3f}, beyond it "
+                     f"{torch.tensor(x)[~trained].nanmean():.3f}" for name, x in found.items())
+
+
+def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor, speeds: Tensor, side: int = 300) -> None:
+    """Panels [(title, value (radius, speed), value that is all red)], two a row, with the ranges of training drawn."""
+    picture = Image.new("RGB", (2 * (side + 60), (len(panels) + 1) // 2 * (side + 60)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (title, value, top) in enumerate(panels):
+        left, upper, n = 45 + i % 2 * (side + 60), 25 + i // 2 * (side + 60), len(radii)
+        step = [(x[-1] - x[0]).item() / (n - 1) for x in (radii, speeds)]
+        place = lambda r, v: (left + ((r - radii[0].item()) / step[0] + 0.5) * side / n,
+                              upper + side - ((v - speeds[0].item()) / step[1] + 0.5) * side / n)
+
+        def box(r, v, **options):
+            (x0, y1), (x1, y0) = place(r[0], v[0]), place(r[1], v[1])
+            draw.rectangle((x0, y0, x1, y1), **options)
+        for j, r in enumerate(radii.tolist()):
+            for k, v in enumerate(speeds.tolist()):
+                x = value[j, k].item()
+                pale = int(255 * (1 - min(x / top, 1))) if math.isfinite(x) else 128             # grey: nothing to measure
+                box((r - step[0] / 2, r + step[0] / 2), (v - step[1] / 2, v + step[1] / 2),
+                    fill=(255, pale, pale) if math.isfinite(x) else (128,) * 3)
+        box(sim.RADIUS["pretrain"][0], sim.SPEED["pretrain"][0], outline="black", width=2)
+        for r in sim.RADIUS["posttrain"]:
+            for v in sim.SPEED["posttrain"]:
+                box(r, v, outline=(40, 80, 200), width=2)
+        draw.text((left, upper - 16), title, fill="black")
+        for x in (0, n // 2, n - 1):
+            draw.text((place(radii[x].item(), 0)[0] - 10, upper + side + 4), f"r {radii[x]:.1f}", fill="black")
+            draw.text((left - 40, place(0.3, speeds[x].item())[1] - 6), f"v {speeds[x]:.1f}", fill="black")
+    picture.save(path)
 
 
 def prefix(config: Config, folder: Path) -> str:
@@ -269,7 +589,7 @@ def prefix(config: Config, folder: Path) -> str:
     Reconstruction from the first k tokens: from pure noise, where training always shows all K; and at the time that k tokens
     belong to, t(k / K), where the noisy frame itself helps, beside the same frame without any token.
     """
-    ddt = load(config, DDT)
+    ddt = load(Path(config.out), "ddt")
     K, name = ddt.config.queries, train.scenarios(ddt.config.scenario)[0]
     frames, position, radius = still(8 * config.clips, name, "iid", ddt.config.size)
     latent, codes = in_chunks(ddt.latent, frames), in_chunks(ddt.encode, frames)
@@ -416,10 +736,11 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, list[tuple[f
 
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
-    what = {"table 4": table4, "table ablation": ablation, "figure prefix": prefix, "figure 5": figure5, "figure 6": figure6,
-            "figure 7": figure7}
+    what = {"table 1": table1, "table 2": table2, "table 4": table4, "table order": order, "table ablation": ablation,
+            "table rl": rl, "figure 3": figure3, "figure 4": figure4, "figure 5": figure5, "figure 6": figure6, "figure 7": figure7,
+            "figure 8": figure8, "figure prefix": prefix}
     asked = f"figure {config.figure}" if config.figure else f"table {config.table}"
-    train.need(asked in what, f"there is no {asked}: choose --table 4, ablation or --figure prefix, 5, 6, 7")
+    train.need(asked in what, f"there is no {asked}: choose one of {', '.join('--' + name for name in what)}")
     train.need(train.start(0).size == 1, "figures.py runs in one process: leave torchrun out")
     folder = train.writable(Path(config.out, "figures"))
     print(what[asked](config, folder))

@@ -29,7 +29,7 @@ from typing import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, pad
 
 import sim
 from sim import CONDITION, DT, FRAMES, WORLD, Clips
@@ -116,26 +116,36 @@ def _balls(frames: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
     return detect(frames, clips.radius.shape[1])
 
 
-def _measure(balls: tuple[Tensor, Tensor, Tensor], clips: Clips, after_impact: bool) -> dict[str, Tensor]:
+def _wrong(balls: tuple[Tensor, Tensor, Tensor], clips: Clips) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    v - v^ (B, P, N, 2), at most MISSING long and 0 where a ball was not found; whether it was, in both frames (B, P, N);
+    |v - v^| (B, P, N) and |r - r^| (B, F, N), MISSING and RADIUS_MISSING at most and where it was not.
+    """
     center, radius, found = balls                                                     # (B, F, N, 2), (B, F, N) twice
-    pairs = _pairs(clips, after_impact)                                               # (B, P, N)
     seen = found[:, 1:] & found[:, :-1]                                               # (B, P, N)
-    wrong = ((center.diff(dim=1) - clips.position.diff(dim=1)) / DT).float()          # (B, P, N, 2)  v - v^
+    wrong = ((center.diff(dim=1) - clips.position.diff(dim=1)) / DT).float()          # (B, P, N, 2)
     wrong = torch.where(seen[..., None], wrong, 0)
-    size = wrong.norm(dim=-1)                                                         # (B, P, N)     |v - v^|
+    size = wrong.norm(dim=-1)                                                         # (B, P, N)
     wrong = wrong * (MISSING / size.clamp(min=MISSING))[..., None]                    # a wild jump is no worse than no ball
-    velocity_error = _mean(torch.where(seen, size.clamp(max=MISSING), MISSING), pairs)
+    wrong_radius = (radius - clips.radius[:, None].float()).abs().clamp(max=RADIUS_MISSING)
+    return (wrong, seen, torch.where(seen, size.clamp(max=MISSING), MISSING),
+            torch.where(found, wrong_radius, RADIUS_MISSING))
 
+
+def _valid(clips: Clips) -> Tensor:
+    """Which frames count: predicted, the true ball in view (B, F, N)."""
+    return clips.inside & (torch.arange(FRAMES, device=clips.inside.device) >= CONDITION)[:, None]
+
+
+def _measure(balls: tuple[Tensor, Tensor, Tensor], clips: Clips, after_impact: bool) -> dict[str, Tensor]:
+    wrong, seen, wrong_speed, wrong_radius = _wrong(balls, clips)
+    pairs, valid = _pairs(clips, after_impact), _valid(clips)                         # (B, P, N), (B, F, N)
     count = pairs.sum(1)                                                              # (B, N)
     mean_wrong = torch.where((pairs & seen)[..., None], wrong, 0).sum(1) / count[..., None]
     lost = (pairs & ~seen).sum(1) / count                                             # share of pairs without a ball
     drift_error = (mean_wrong.norm(dim=-1) + MISSING * lost).nanmean(-1)              # (B,)
-
-    valid = clips.inside & (torch.arange(FRAMES, device=found.device) >= CONDITION)[:, None]      # (B, F, N)
-    wrong_radius = (radius - clips.radius[:, None].float()).abs().clamp(max=RADIUS_MISSING)
-    return {"velocity_error": velocity_error, "drift_error": drift_error,
-            "radius_error": _mean(torch.where(found, wrong_radius, RADIUS_MISSING), valid),
-            "missing": _mean((~found).float(), valid)}
+    return {"velocity_error": _mean(wrong_speed, pairs), "drift_error": drift_error,
+            "radius_error": _mean(wrong_radius, valid), "missing": _mean((~balls[2]).float(), valid)}
 
 
 def errors(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
@@ -155,12 +165,29 @@ def _reward(balls: tuple[Tensor, Tensor, Tensor], clips: Clips) -> dict[str, Ten
     return {"reward": velocity + mass, "velocity": velocity, "mass": mass}
 
 
-def reward(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
+def _ahead(balls: tuple[Tensor, Tensor, Tensor], clips: Clips, horizon: int) -> Tensor:
+    """Eq. 5-7 of each frame and the horizon - 1 after it (B, F), with the pairs that end in them."""
+    _, _, wrong_speed, wrong_radius = _wrong(balls, clips)
+
+    def window(x: Tensor, where: Tensor) -> Tensor:                                   # (B, F, N) -> (B, F)
+        total, count = (pad(y, (0, 0, 0, horizon - 1)).unfold(1, horizon, 1).sum(-1)
+                        for y in (torch.where(where, x, 0), where.float()))
+        return (total / count).nanmean(-1)                                            # NaN: nothing counts
+
+    wrong_speed, pairs = (pad(x, (0, 0, 1, 0)) for x in (wrong_speed, _pairs(clips, after_impact=False)))     # (B, F, N)
+    return ALPHA * torch.exp(-K * window(wrong_speed, pairs)) + 1 - window(wrong_radius, _valid(clips))
+
+
+def reward(frames: Tensor, clips: Clips, horizon: int = 0) -> dict[str, Tensor]:
     """
     Eq. 5-7: frames (B, F, 3, H, W) -> {reward, velocity, mass}, each (B,). velocity is in (0, 4], mass in [-1, 1], and
     reward their sum. NaN for a clip in which no frame counts.
+
+    With a horizon also `ahead` (B, F): what the same formulas give for each frame and the horizon - 1 after it. NaN where
+    none of them counts.
     """
-    return _reward(_balls(frames, clips), clips)
+    balls = _balls(frames, clips)
+    return _reward(balls, clips) | ({"ahead": _ahead(balls, clips, horizon)} if horizon else {})
 
 
 # ------------------------------------------------------------------ evaluation

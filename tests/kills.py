@@ -65,7 +65,10 @@ def train_stage(name: str, out: str, change: dict) -> None:
     elif name == "sft":
         sft.train_sft(config, ddt.DDT.load(f"{out}/ddt"), world)
     else:                                   # a hardly trained tokenizer paints no ball: reward light instead
-        reward.reward = lambda frames, clips: dict.fromkeys(("reward", "velocity", "mass"), 1e4 * frames.double().mean((1, 2, 3, 4)).float())
+        def light(frames, clips, horizon):
+            ahead = 1e4 * frames.double().mean((2, 3, 4)).float()                       # (B, F)
+            return dict.fromkeys(("reward", "velocity", "mass"), ahead.mean(1)) | {"ahead": ahead}
+        reward.reward = light
         grpo.train_grpo(config, ddt.DDT.load(f"{out}/ddt"), sft.load(Path(out, "sft")).requires_grad_(False), world)
 
 

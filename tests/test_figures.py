@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 import figures
-from baselines import VQGAN, VQGANConfig
+import train
+from baselines import VQGAN, DiT, DiTConfig, VQGANConfig
 from ddt import DDT, VAE, Config
+from lm import Llama, LlamaConfig
 from train import Problem
 
 
@@ -23,7 +25,7 @@ def seeded(seed=0):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """A run folder with untrained tokenizers whose codebooks are filled from pictures."""
+    """A run folder with untrained models; the codebooks are filled from pictures."""
     folder, x = tmp_path_factory.mktemp("run"), torch.rand(40, 3, 16, 16, generator=seeded())
     torch.manual_seed(0)
     vae = VAE({"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 3, "norm_num_groups": 4,
@@ -36,19 +38,31 @@ def out(tmp_path_factory):
     vae.save(folder / "vae")
     ddt.save(folder / "ddt")
     vqgan.save(folder / "vqgan")
+    dit = DiT(DiTConfig(size=16, width=32, layers=1, heads=2, levels=4, calls=2), vae)
+    torch.nn.init.normal_(dit.patch_out.weight, std=0.1)
+    dit.save(folder / "dit")
+    for name in ("sft", "grpo"):
+        Llama(LlamaConfig(257, 32, 48, 2, 4, 2, 8, n_visual=256, bos_token_id=0)).save(folder / name)
+        train.made_of(folder / name, **{x: folder / x / "model.safetensors" for x in ("ddt", "sft")[:1 + (name == "grpo")]})
+        (folder / name / "trained.json").write_text(json.dumps({"seed": 3, "scenario": "uniform", "clips": 6000}))
+    (folder / "ddt" / "trained.json").write_text(json.dumps({"seed": 3, "scenario": "uniform"}))
     return folder
 
 
 @pytest.mark.parametrize("flags, files", [
     (["--table", "4"], ["table4.json"]), (["--figure", "prefix"], ["prefix.json", "prefix.png", "prefix_error.png"]),
     (["--figure", "5"], ["figure5.json", "figure5.png"]), (["--figure", "6"], ["figure6.json", "figure6.png"]),
-    (["--figure", "7"], ["figure7.png"])], ids=lambda x: " ".join(x))
+    (["--figure", "7"], ["figure7.png"]), (["--table", "1"], ["dit.json", "sft.json", "grpo.json"]),
+    (["--table", "2"], ["sft.json", "grpo.json"]), (["--figure", "4"], ["figure4.png"]),
+    (["--figure", "8"], ["figure8.json", "figure8.png"])], ids=lambda x: " ".join(x))
 def test_commands(out, flags, files, capsys, monkeypatch):
     monkeypatch.setattr(figures, "STEPS", (2,))
-    figures.main(["--out", str(out), "--clips", "2", *flags])
+    monkeypatch.setattr(figures, "SAMPLES", 2)
+    monkeypatch.setattr(figures, "CELLS", 3)
+    figures.main(["--out", str(out), "--clips", "1", *flags])
     if flags[0] == "--table":                                # a second call reads what is there
         monkeypatch.setattr(figures.reward, "evaluate", None)
-        figures.main(["--out", str(out), "--clips", "2", *flags])
+        figures.main(["--out", str(out), "--clips", "1", *flags])
     assert len(capsys.readouterr().out.splitlines()) > 2
     for name in files:
         path = out / "figures" / name
@@ -63,8 +77,116 @@ def test_what_is_missing_is_named(out, tmp_path):
         figures.main(["--out", str(tmp_path), "--table", "4"])
     with pytest.raises(Problem, match="ddt.py"):
         figures.main(["--out", str(tmp_path), "--table", "ablation"])
+    with pytest.raises(Problem, match="sft.py"):
+        figures.main(["--out", str(tmp_path), "--figure", "8"])
+    with pytest.raises(Problem, match="no model that predicts"):
+        figures.main(["--out", str(tmp_path), "--table", "1"])
+    with pytest.raises(Problem, match="elsewhere is missing"):
+        figures.main(["--out", str(out), "--others", "elsewhere", "--table", "2"])
     with pytest.raises(Problem, match="no table 9"):
         figures.main(["--out", str(out), "--table", "9"])
+
+
+def results(**of_splits):
+    """What reward.evaluate gives for a scenario, as far as comparisons read it: split -> reward and drift_error of each clip."""
+    return {"uniform": {split: {"each": {"reward": r, "drift_error": d}} for split, (r, d) in of_splits.items()}}
+
+
+def test_clips_are_compared_one_by_one():
+    """Two samples of three clips, the last without a frame that counts: their mean, and of each clip the one with more reward."""
+    nan = math.nan
+    a, b = ([r["uniform"] for r in [results(iid=(reward, drift))]][0]
+            for reward, drift in (([1.0, 5.0, nan], [0.7, 0.1, nan]), ([2.0, 4.0, nan], [0.9, 0.5, nan])))
+    torch.testing.assert_close(figures.clip_by_clip([a, b], ["iid"], "drift_error"), torch.tensor([0.8, 0.3], dtype=torch.float64))
+    torch.testing.assert_close(figures.clip_by_clip([a, b], ["iid"], "drift_error", best=True),
+                               torch.tensor([0.9, 0.1], dtype=torch.float64))
+    assert figures.clip_by_clip([a, b], ["iid"], "reward", best=True).tolist() == [2.0, 5.0]
+
+
+def test_standard_errors_are_over_runs_or_clips():
+    one, other = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 4.0])
+    assert figures.cell([one]) == "2.000 +- 0.577"                                           # 1 / sqrt(3)
+    assert figures.cell([one, other]) == "3.000 +- 1.000"                                    # of 2 and 4: sqrt(2) / sqrt(2)
+
+
+def test_comparison_stands_beside_the_paper():
+    levels = {level: ([1.0, 2.0], [3.0, 3.0]) for level in figures.sim.levels("uniform")}
+    run = results(iid=([4.0, 4.5], [0.25, 0.75]), **levels)
+    text = figures.comparison({"DDT, SFT": [([run], False)], "VQGAN, SFT": []}, figures.PAPER2)
+    uniform, parabola, _ = text.strip().split("\n\n")
+    assert "0.500 +- 0.250    3.000 +- 0.000    4.250 +- 0.250    1.500 +- 0.224" in uniform   # 3 levels of 2 clips
+    assert [line.split()[-1] for line in uniform.splitlines() if "paper" in line] == ["0.884", "0.281", "0.763", "0.057"]
+    assert "VQGAN, SFT                            0       not run yet" in uniform and "not run yet" in parabola
+
+
+def few(monkeypatch):
+    """sft.py and grpo.py at a few steps, whatever figures.py asks for; -> what it asked for."""
+    asked = []
+    for stage, flags in ((figures.sft, ["--steps", "2", "--clips", "8", "--batch", "4", "--eval_clips", "2", "--layers", "1"]),
+                         (figures.grpo, ["--steps", "6", "--clips", "8", "--prompts", "2", "--group", "2", "--eval_clips", "2"])):
+        def main(argv, main=stage.main, flags=flags):
+            asked.append(argv)
+            keep = [x for x in argv if x not in ("--steps", "1000", "2000")]                    # the least of steps
+            main(flags + keep)
+        monkeypatch.setattr(stage, "main", main)
+    monkeypatch.setattr(figures.sim, "SHOWN", ("iid", "ood", "slow", "fast"))
+    return asked
+
+
+def test_order(out, capsys, monkeypatch):
+    asked = few(monkeypatch)
+    (out / "results.json").write_text(json.dumps({"SFT": {"uniform": {s: {"each": {"reward": [1.0, 2.0], "drift_error": [0.5, 1.5]}}
+                                                                   for s in figures.sim.SHOWN}}}))
+    figures.main(["--out", str(out), "--table", "order"])
+    forward, reverse = capsys.readouterr().out.splitlines()[-4:-2]
+    assert "forward (1 runs)" in forward and forward.count("1.000 +- 0.500") == 4
+    assert "reverse (1 runs)" in reverse and len(asked) == 1 and asked[0][-3:] == ["3", "--scenario", "uniform"]
+    ddt, turned = (DDT.load(place / "ddt") for place in (out, out / "reverse"))
+    frames = torch.rand(4, 3, 16, 16, generator=seeded(1))
+    assert torch.equal(ddt.encode(frames), turned.encode(frames).flip(1))
+    figures.main(["--out", str(out), "--table", "order"])                                       # what is there is not done again
+    assert len(asked) == 1
+
+
+def test_figure_3(out, capsys, monkeypatch):
+    asked = few(monkeypatch)
+    monkeypatch.setattr(figures, "SIZES", {"tiny": (8, 12)})
+    figures.main(["--out", str(out), "--figure", "3"])
+    assert [argv[argv.index("--clips") + 1] for argv in asked] == ["8", "12"]
+    curves = json.loads((out / "figures" / "figure3.json").read_text())
+    assert [x for x, _ in curves["uniform, iid"]] == [math.log10(8), math.log10(12)] and len(curves) == 2
+    assert (out / "clips" / "12" / "sft" / "tokens" / "uniform-00000.npy").exists()
+
+
+def test_rl(out, capsys, monkeypatch):
+    """Each row is trained from the run's SFT model, or one of another length; a second call trains nothing."""
+    asked = few(monkeypatch)
+    (out / "results.json").unlink(missing_ok=True)
+    monkeypatch.setattr(figures, "RL", {"as it is": {"usual": {}}, "more": {"whole": {"horizon": 2, "untruncated": True},
+                                                                          "short": {"sft": 1000}}})
+    figures.main(["--out", str(out), "--table", "rl"])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("usual", "whole", "short"))}
+    assert rows.keys() == {"usual", "whole", "short"} and len(rows["usual"]) == 1 + 4 + 3 * 4    # 4 numbers, 4 with +-
+    assert [argv[4:] for argv in asked] == [[], ["--horizon", "2", "--untruncated"], ["--steps", "1000"], []]
+    config = json.loads((out / "rl" / "whole" / "grpo" / "trained.json").read_text())
+    assert config["horizon"] == 2 and config["untruncated"] and config["seed"] == 3
+    assert train.checksum(out / "rl" / "usual" / "sft" / "model.safetensors") == train.checksum(out / "sft" / "model.safetensors")
+    assert train.checksum(out / "rl" / "short" / "sft" / "model.safetensors") != train.checksum(out / "sft" / "model.safetensors")
+    with Image.open(out / "figures" / "rl_more.png") as picture:
+        assert picture.getextrema() != ((255, 255),) * 3
+    before = {p: p.stat().st_mtime_ns for p in (out / "rl").rglob("model.safetensors")}
+    figures.main(["--out", str(out), "--table", "rl"])
+    assert {p: p.stat().st_mtime_ns for p in (out / "rl").rglob("model.safetensors")} == before
+
+
+def test_heat_maps(tmp_path):
+    """Slow and small is at the lower left; white is 0, red the top, grey nothing."""
+    value = torch.tensor([[0.0, 1.0], [math.nan, 0.5]])                                          # (radius, speed)
+    figures.heat_maps(tmp_path / "map.png", [("x", value, 1.0)], torch.tensor([0.5, 1.9]), torch.tensor([0.3, 5.0]), side=200)
+    picture = Image.open(tmp_path / "map.png")
+    at = lambda x, y: picture.getpixel((45 + x, 25 + y))
+    assert at(20, 180) == (255, 255, 255) and at(20, 20) == (255, 0, 0)
+    assert at(180, 180) == (128, 128, 128) and at(180, 20) == (255, 127, 127)
 
 
 def test_ablation(out, capsys, monkeypatch):

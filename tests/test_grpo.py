@@ -3,6 +3,8 @@ GRPO: advantages within groups, the loss against its formula and its gradient, t
 
     pytest tests/test_grpo.py
 """
+import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -75,6 +77,16 @@ def test_groups_do_not_mix():
     assert torch.equal(advantages(reward)[0].argsort(), reward[0].argsort())
 
 
+def test_advantages_of_frames():
+    """Each frame is a column of its own; one that counts in no rollout has no advantage."""
+    reward = torch.rand(3, 8, 4, generator=seeded())
+    reward[1, :, 2] = math.nan
+    result = advantages(reward)
+    for f in (0, 1, 3):
+        torch.testing.assert_close(result[..., f], advantages(reward[..., f]))
+    assert (result[1, :, 2] == 0).all() and (result[0, :, 2] != 0).all()
+
+
 # ------------------------------------------------------------------ the loss
 
 
@@ -109,6 +121,19 @@ def test_clipping(sign, ratio):
     assert (result["clipped"] == float(clipped)).all()
     strength = torch.autograd.grad(result["loss"].sum(), logits)[0].abs().sum(-1)                 # (R, T)
     assert (strength == 0).all() if clipped else (strength > 0).all()
+
+
+def test_tokens_have_advantages_of_their_own():
+    logits, logits_ref, codes, support, _ = example()
+    logp_old, A = logprobs(logits, codes, support).detach(), torch.zeros(R, T)
+    A[:, 2] = 2.0
+    loss = grpo_loss(logits, logits_ref, codes, support, logp_old, A, 0.2, 0.0)["loss"]
+    torch.testing.assert_close(loss, torch.full((R,), -2.0 / T))
+    strength = torch.autograd.grad(loss.sum(), logits)[0].abs().sum(-1)                           # (R, T)
+    assert (strength[:, 2] > 0).all() and strength.sum() == strength[:, 2].sum()
+    equal = [grpo_loss(logits, logits_ref, codes, support, logp_old, a, 0.2, 0.1)["loss"]
+             for a in (torch.arange(R) - 2.0, (torch.arange(R) - 2.0)[:, None].expand(R, T))]
+    torch.testing.assert_close(*equal)
 
 
 def test_tokens_are_clipped_one_by_one():
@@ -234,7 +259,7 @@ def test_ratio_is_one_before_the_first_update(rollout):
     logits = grpo.last_logits(policy, r.ids, r.codes.shape[1])
     assert torch.equal(logprobs(logits, r.codes, r.support), r.logp_old)
     result = grpo.Loss(policy, config)(r)
-    torch.testing.assert_close(result["loss"], -r.advantage + config.beta * result["kl"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(result["loss"], -r.advantage.mean(1) + config.beta * result["kl"], rtol=0, atol=1e-5)
     assert not result["clipped"].any() and result["kl"].min() > 1e-4
     agree = truncate(logits, config.top_k, config.top_p) == r.support    # sampled with a cache, this without
     assert agree.float().mean() > 0.9999 and r.support.sum(-1).max() <= 20
@@ -254,7 +279,66 @@ def test_rollouts_stand_beside_their_condition(rollout):
     torch.testing.assert_close(r.logits_ref, grpo.last_logits(reference, r.ids, T))
     assert not r.logp_old.requires_grad and not r.logits_ref.requires_grad
     assert r.scores["reward"].shape == (3, 4)
-    assert torch.equal(advantages(r.scores["reward"]).flatten(), r.advantage)
+    assert r.advantage.shape == (12, T) and torch.equal(r.advantage[:, ::2], r.advantage[:, 1::2])      # two tokens a frame
+
+
+def test_a_token_is_judged_by_the_frames_from_its_own_on(rollout):
+    policy, reference, ddt, clips, config, r = rollout
+    codes = r.codes.view(12, -1, 2)
+    decoded = torch.cat([sft.decode(ddt, c, seeded(9)) for c in codes.split(4)])
+    shown = sim.render(clips.position[:, :sim.CONDITION], clips.radius, 16).repeat_interleave(4, 0)
+    clip = torch.arange(3).repeat_interleave(4)
+    for whole_clip in (False, True):
+        again = dataclasses.replace(config, whole_clip=whole_clip)
+        monkey = iter(decoded.split(4))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sft, "decode", lambda *_: next(monkey))
+            result = grpo.rollout(policy, reference, ddt, clips, again, [seeded(i) for i in range(3)])
+        assert torch.equal(result.codes, r.codes)
+        scores = reward.reward(torch.cat([shown, decoded], 1), clips[clip], 8)
+        if whole_clip:
+            expected = advantages(scores["reward"].view(3, 4)).flatten()[:, None].expand(12, 29)
+        else:
+            expected = advantages(scores["ahead"].view(3, 4, 32))[:, :, sim.CONDITION:].flatten(0, 1)         # (12, 29)
+        assert torch.equal(result.advantage, expected.repeat_interleave(2, 1)) and expected.abs().max() > 0.1
+
+
+def test_untruncated_scoring_is_of_the_whole_softmax(rollout):
+    policy, reference, ddt, clips, config, r = rollout
+    whole = grpo.rollout(policy, reference, ddt, clips, dataclasses.replace(config, untruncated=True), [seeded(i) for i in range(3)])
+    assert torch.equal(whole.codes, r.codes) and whole.support.all()
+    logp = grpo.last_logits(policy, r.ids, r.codes.shape[1]).log_softmax(-1).gather(-1, r.codes[..., None])[..., 0]
+    torch.testing.assert_close(whole.logp_old, logp, rtol=0, atol=1e-5)
+    assert (whole.logp_old < r.logp_old - 1e-3).any()
+
+
+def test_old_clips_hold_the_policy_where_it_was(rollout):
+    """Only the KL is left of their loss: nothing at the reference, and a step from elsewhere goes back to it."""
+    _, reference, ddt, _, config, _ = rollout
+    old = grpo.kept(reference, ddt, sim.sample("uniform", "pretrain", 5))
+    assert old.ids.shape == (5, 65) and old.codes.shape == (5, 58) and not old.advantage.any()
+    at_home = grpo.Loss(reference, config)(old)
+    assert at_home["kl"].abs().max() < 1e-6 and at_home["loss"].abs().max() < 1e-6
+    policy = copy.deepcopy(reference)
+    with torch.no_grad():
+        policy.head.add_(0.05 * torch.randn(policy.head.shape, generator=seeded(5)))
+    loss_of = grpo.Loss(policy, config)
+
+    class Run:
+        def update(self, loss_of, losses, parts):
+            self.losses = list(losses)
+            assert len(self.losses) == parts
+    run = Run()
+    rollouts, measured = grpo.update(run, loss_of, [], old.split(2), dataclasses.replace(config, prompts=5, keep=0.3))
+    kl = loss_of(old)["kl"]
+    torch.testing.assert_close(sum(run.losses), 0.3 * kl.mean())
+    torch.testing.assert_close(torch.cat([x["kl"] for x in measured]), kl)
+    assert kl.min() > 1e-3 and not rollouts
+    policy.head.requires_grad_(True)
+    gradient = torch.autograd.grad(loss_of(old)["kl"].mean(), policy.head)[0]
+    with torch.no_grad():
+        policy.head.sub_(gradient)
+    assert loss_of(old)["kl"].mean() < kl.mean()
 
 
 def test_a_rollout_does_not_depend_on_the_others_of_its_batch(rollout):

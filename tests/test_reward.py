@@ -262,6 +262,36 @@ def test_reward_is_monotone_and_bounded():
     assert values == sorted(values, reverse=True) and 4.9 < values[0] <= 5 and values[0] - values[1] > 0.3
 
 
+@every_scenario
+@pytest.mark.parametrize("horizon", [1, 8, 32])
+def test_the_reward_ahead_frame_by_frame(scenario, horizon):
+    """Against a loop over frames; a horizon beyond the end is the whole clip's reward at the first predicted frame."""
+    clips = sim.sample(scenario, "ood", 6, seed=2)
+    frames = spoil(clips)
+    center, radius, found = (x[:, :, :].double() for x in reward.detect(frames, clips.radius.shape[1]))
+    hit = sim.impact_time(clips) / 0.1
+    result = reward.reward(frames, clips, horizon)
+    for b in range(len(clips)):
+        for f in range(32):
+            speeds, sizes = [], []
+            for n in range(clips.radius.shape[1]):
+                speed, size = [], []
+                for g in range(max(f, 3), min(f + horizon, 32)):
+                    if clips.inside[b, g, n]:
+                        size.append(min(abs(radius[b, g, n] - clips.radius[b, n]).item(), 2.0) if found[b, g, n] else 2.0)
+                    across = g - 1 < hit[b] < g                          # the impact's own pair
+                    if g > 3 and clips.inside[b, g, n] and clips.inside[b, g - 1, n] and not across:
+                        wrong = (center[b, g, n] - center[b, g - 1, n] - clips.position[b, g, n] + clips.position[b, g - 1, n]) / 0.1
+                        speed.append(min(wrong.norm().item(), 10.0) if found[b, g, n] and found[b, g - 1, n] else 10.0)
+                speeds += [sum(speed) / len(speed)] if speed else []
+                sizes += [sum(size) / len(size)] if size else []
+            expected = 4 * math.exp(-1.4 * sum(speeds) / len(speeds)) + 1 - sum(sizes) / len(sizes) if speeds else math.nan
+            assert result["ahead"][b, f].item() == pytest.approx(expected, abs=1e-4, nan_ok=True), (b, f)
+    if horizon == 32:
+        torch.testing.assert_close(result["ahead"][:, 3], result["reward"])
+    assert reward.reward(frames, clips).keys() == {"reward", "velocity", "mass"}
+
+
 # ------------------------------------------------------------------ no way of losing pays
 
 def test_a_missing_ball_never_scores_better():
