@@ -701,10 +701,10 @@ def check_codes(codes: Tensor, K: int, N: int) -> None:
 
 
 def save_folder(folder, config: dict, model: nn.Module, name: str) -> None:
-    """config.json, then the weights: a folder with weights is whole."""
+    """config.json, then the weights, which name it too (two orders of tokens are two models): a folder with weights is whole."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    train.write_safetensors(Path(folder, name), model.state_dict(), {"format": "pt"})
+    train.write_safetensors(Path(folder, name), model.state_dict(), {"format": "pt", "config": json.dumps(config)})
 
 
 def load_folder(folder, name: str) -> tuple[dict, dict[str, Tensor]]:

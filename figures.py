@@ -16,8 +16,9 @@ The paper's tables and figures, from what a run folder holds.
     python figures.py --figure prefix       # reconstruction from the first k tokens
 
 Each reads what runs/tiny (--out) holds, says which command makes what is missing, and writes <out>/figures/: a PNG, and the
-numbers as JSON. A table goes on where it was stopped; tables 1, 2 and order take the runs of --others (other seeds, motions or
-tokenizers) together with it. One process, on the GPU if there is one.
+numbers as JSON. A table goes on where it was stopped; tables 1, 2, order and rl take the runs of --others (other seeds; 1 and 2
+also other motions and tokenizers) together with it. A mean of several runs has the standard error over runs; that of one run is
+over its clips, and leaves out that another training would have ended elsewhere. One process, on the GPU if there is one.
 
 Axes: B frames, F frames of a clip, K tokens of a frame, N codes.
 """
@@ -51,7 +52,7 @@ class Config:
     others: str = ""            # more run folders, separated by commas
     table: str = ""             # 1, 2, 4, order, ablation or rl
     figure: str = ""            # 3 to 8 or prefix
-    clips: int = 32             # per split, of tokenizers; of models that predict four times as many
+    clips: int = 32             # per split, of tokenizers; four times as many in tables 1 and 2
     llm: str = ""               # figures 5 and 6: folder of a text model, whose embedding of the coordinates is compared
 
 
@@ -80,18 +81,55 @@ def both(config: Config) -> dict[str, DDT | VQGAN]:
 
 def language_model(run: Path, name: str) -> tuple[Llama, DDT | VQGAN]:
     """The model of <run>/sft or <run>/grpo, and the tokenizer whose codes it speaks."""
-    train.need((run / name / "model.safetensors").exists(), f"{run}/{name} is missing: make it with `python {name}.py --out {run}`, "
-               "and the --preset that the folder has")
-    sources = [*json.loads((run / name / "made_of.json").read_text())]
+    kind = speaks(run)
+    train.need((run / name / "model.safetensors").exists(), f"{run}/{name} is missing: make it with `python {name}.py --out {run}"
+               + (" --tokenizer vqgan" if kind == "vqgan" else "") + "`, and the --preset that the folder has")
+    sources = [kind] + ["sft"] * (name == "grpo")
     model = sft.load(run / name, **{source: run / source / "model.safetensors" for source in sources}).to(DEVICE)
-    return model, load(run, "vqgan" if "vqgan" in sources else "ddt")
+    return model, load(run, kind)
+
+
+def speaks(run: Path) -> str:
+    """ddt or vqgan: the tokenizer of a run's language models."""
+    return "vqgan" if "vqgan" in reward.read(run / "sft" / "made_of.json") else "ddt"
 
 
 def runs(config: Config) -> list[Path]:
     folders = [Path(config.out), *(Path(name.strip()) for name in config.others.split(",") if name.strip())]
     for folder in folders:
         train.need(folder.is_dir(), f"{folder} is missing: make it with `python grpo.py --out {folder}`")
+    train.need(len({folder.resolve() for folder in folders}) == len(folders), f"--others {config.others}: names a run twice")
     return folders
+
+
+def trained(run: Path, name: str, *but: str) -> list[str]:
+    """The flags with which the model of <run>/<name> was trained, where they are not defaults, but for some of them."""
+    path = run / name / "trained.json"
+    train.need(path.exists(), f"{run}/{name} is missing: make it with `python {train.script(name)} --out {run}`, and the --preset that "
+               "the folder has")
+    module = {"sft": sft, "grpo": grpo, "ddt": tokenizers}[name]
+    was = json.loads(path.read_text())
+    usual = module.Config(**{"preset": was["preset"]} | module.PRESETS[was["preset"]])
+    return [text for key, value in was.items() if key not in but and (value != getattr(usual, key) or key == "preset")
+            for text in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+
+
+def copied(run: Path, place: Path, *names: str) -> Path:
+    """A run folder of its own that begins with some of another's models and their rows of the table."""
+    rows = {"vae": ("ground truth", "VAE"), "ddt": ("DDT",), "sft": ("SFT",)}
+    weights = lambda folder, name: train.checksum(folder / name / (tokenizers.VAE_WEIGHTS if name == "vae" else "model.safetensors"))
+    if not place.exists():
+        part = place.with_name(place.name + ".part")                              # whole, or not there
+        shutil.rmtree(part, ignore_errors=True)
+        for name in names:
+            shutil.copytree(run / name, part / name, ignore=shutil.ignore_patterns("log.jsonl"))
+        known = reward.read(run / "results.json")
+        reward.write(part / "results.json", {row: known[row] for name in names for row in rows[name] if row in known})
+        part.rename(place)
+    for name in names:
+        train.need(weights(place, name) == weights(run, name), f"{place} was made from another {name} than {run} now holds: delete it, "
+                   "it is made again")
+    return place
 
 
 def in_chunks(f: Callable[..., Tensor], *x: Tensor) -> Tensor:
@@ -220,51 +258,60 @@ def comparison(rows: dict[str, list[tuple[list[dict], bool]]], paper: dict[str, 
 
 
 def table1(config: Config, folder: Path) -> str:
-    rows = {"DiT": [], "SFT": [], "SFT + RL": []}
+    rows: dict[str, list] = {}
     for run in runs(config):
-        for label, name in zip(rows, ("dit", "sft", "grpo")):
+        for name, label in (("dit", "DiT"), ("sft", "SFT"), ("grpo", "SFT + RL")):
             if (run / name / "model.safetensors").exists():
-                rows[label].append(([predictions(run, name, config)[""]], False))
-    train.need(any(rows.values()), f"{config.out} holds no model that predicts: make one with `python grpo.py --out {config.out}`")
-    return comparison(rows, PAPER1) + ("" if rows["DiT"] else "\n\nA DiT is made by `python baselines.py dit --out "
-                                       f"{config.out}`")
+                label = f"DiT, {load(run, name).config.preset}" if name == "dit" else f"{speaks(run).upper()}, {label}"
+                rows.setdefault(label, []).append(([predictions(run, name, config)[""]], False))
+    train.need(rows, f"{config.out} holds no model that predicts: make one with `python grpo.py --out {config.out}`")
+    return comparison(rows, PAPER1)
 
 
 def table2(config: Config, folder: Path) -> str:
+    """The best of 8 samples is chosen by the true reward, which nobody has who has to predict: a bound, not a result."""
     rows = {}
     for kind in ("VQGAN", "DDT"):
-        for name, label in (("sft", "SFT"), ("grpo", "SFT + RL")):
-            for how in ("", ", sampled", f", best of {SAMPLES} samples"):
+        for label in ("SFT", "SFT + RL"):
+            for how in ("", ", sampled", f", best of {SAMPLES} (oracle)"):
                 rows[f"{kind}, {label}{how}"] = []
     for run in runs(config):
         for name, label in (("sft", "SFT"), ("grpo", "SFT + RL")):
-            _, tokenizer = language_model(run, name)
-            row = f"{'DDT' if isinstance(tokenizer, DDT) else 'VQGAN'}, {label}"
+            row = f"{speaks(run).upper()}, {label}"
             likely, *samples = predictions(run, name, config, SAMPLES).values()
             rows[row].append(([likely], False))
             rows[row + ", sampled"].append((samples, False))
-            rows[row + f", best of {SAMPLES} samples"].append((samples, True))
+            rows[row + f", best of {SAMPLES} (oracle)"].append((samples, True))
     return comparison(rows, PAPER2)
 
 
 def order(config: Config, folder: Path) -> str:
     """SFT on each run's tokenizer with the codes of a frame reversed, in <run>/reverse, against the run's own."""
-    lines = ["drift_error of SFT".ljust(32) + "".join(f"{split:>18s}" for split in sim.SHOWN)]
     found: dict[str, list[list[Tensor]]] = {}
     for run in runs(config):
-        ddt, turned = load(run, "ddt"), run / "reverse"
-        if not (turned / "sft" / "model.safetensors").exists():
-            ddt.config.order = {"forward": "reverse", "reverse": "forward"}[ddt.config.order]
+        flags, ddt, turned = trained(run, "sft", "out"), load(run, "ddt"), run / "reverse"
+        own = ddt.config.order
+        ddt.config.order = {"forward": "reverse", "reverse": "forward"}[own]
+        if not (turned / "ddt" / "model.safetensors").exists():
             ddt.save(train.writable(turned / "ddt"))
-            c = json.loads((run / "sft" / "trained.json").read_text())
-            sft.main(["--preset", config.preset, "--out", str(turned), "--seed", str(c["seed"]), "--scenario", c["scenario"]])
-        for place in (run, turned):
-            results = reward.read(place / "results.json")["SFT"][train.scenarios(ddt.config.scenario)[0]]
-            found.setdefault(load(place, "ddt").config.order, []).append(
-                [clip_by_clip([results], [split], "drift_error") for split in sim.SHOWN])
-    for name, of_runs in found.items():
-        lines.append(f"  {name} ({len(of_runs)} runs)".ljust(32) + "".join(f"{cell(list(values)):>18s}" for values in zip(*of_runs)))
+        train.need(torch.equal(load(turned, "ddt").quantizer.codebook, ddt.quantizer.codebook), f"{turned} was made from another ddt than "
+                   f"{run} now holds: delete it, it is made again")
+        sft.main(flags + ["--out", str(turned)])                                  # what is done it does not do again
+        for place, name in ((run, own), (turned, ddt.config.order)):
+            for scenario, splits in evaluated(place).items():
+                found.setdefault(f"{scenario}, {name}", []).append(
+                    [clip_by_clip([splits], [split], "drift_error") for split in sim.SHOWN])
+    lines = ["drift_error of SFT".ljust(29) + "runs" + "".join(f"{split:>18s}" for split in sim.SHOWN)]
+    for name, of_runs in sorted(found.items()):
+        lines.append(f"  {name:27s}{len(of_runs):4d}" + "".join(f"{cell(list(values)):>18s}" for values in zip(*of_runs)))
     return "\n".join(lines)
+
+
+def evaluated(run: Path) -> dict:
+    """SFT's row of a run's table: scenario -> split -> reward.evaluate's result."""
+    results = reward.read(run / "results.json")
+    train.need("SFT" in results, f"{run}/results.json has no row of SFT: `python sft.py --out {run}` adds it")
+    return results["SFT"]
 
 
 # ------------------------------------------------------------------ table 4
@@ -428,51 +475,55 @@ RL = {                              # factor -> what is drawn together: one chan
 }
 
 
-def copied(run: Path, place: Path, *names: str) -> Path:
-    """A run folder of its own that begins with some of another's models and their rows of the table."""
-    rows = {"vae": ("ground truth", "VAE"), "ddt": ("DDT",), "sft": ("SFT",)}
-    if not place.exists():
-        for name in names:
-            shutil.copytree(run / name, place / name, ignore=shutil.ignore_patterns("log.jsonl"))
-        known = reward.read(run / "results.json")
-        reward.write(place / "results.json", {row: known[row] for name in names for row in rows[name] if row in known})
-    return place
-
-
 def rl(config: Config, folder: Path) -> str:
-    """GRPO on each run's SFT model, but for one factor as grpo.py does it, in <run>/rl: learning curves and what came of it."""
+    """
+    GRPO on each run's SFT model, but for one factor as grpo.py does it, in <run>/rl: learning curves, and what RL changed. The
+    training reward is of other conditions where there are more or fewer groups.
+    """
     train.need(config.preset == "tiny", "the ablation of RL is of `tiny`")
-    head = ("training reward", "kl", "entropy", "zero std", "posttrain reward", "iid reward", "slow drift", "fast drift")
-    lines, curves = [" " * 20 + "".join(f"{x:>18s}" for x in head)], {}
+    what = {"posttrain": "reward", "pretrain": "drift_error", "iid": "drift_error", "slow": "drift_error", "fast": "drift_error"}
+    lines = [f"{'':20s}runs" + "".join(f"{x:>17s}" for x in ("training reward", "kl", "entropy")) +
+             "".join(f"{f'{split} {measure[:6]}':>18s}" for split, measure in what.items())]
+    curves = {key: {} for key in CURVES}
     for factor, rows in RL.items():
         for name, change in rows.items():
-            logs, changes = [], {}
+            logs, changes = [], {split: [] for split in what}
             for run in runs(config):
-                flags, steps = dict(change), change.get("sft")
-                flags.pop("sft", None)
-                seed = json.loads((run / "sft" / "trained.json").read_text())["seed"]
-                place = copied(run, run / "rl" / name.replace(" ", "-"), "vae", "ddt", *(() if steps else ("sft",)))
-                if steps:
-                    sft.main(["--out", str(place), "--seed", str(seed), "--steps", str(steps)])
-                grpo.main(["--out", str(place), "--seed", str(seed)] + [text for key, value in flags.items() for text in (
+                length = ["--steps", str(change["sft"])] if "sft" in change else []
+                flags = trained(run, "sft", "out", *["steps"] * bool(length))
+                seed = flags[flags.index("--seed"):][:2] if "--seed" in flags else []
+                place = copied(run, run / "rl" / name.replace(" ", "-"), "vae", "ddt", *["sft"] * (not length))
+                if length:
+                    sft.main(flags + length + ["--out", str(place)])
+                grpo.main(["--out", str(place)] + seed + [text for key, value in change.items() if key != "sft" for text in (
                     [f"--{key}"] if value is True else [f"--{key}", str(value)])])
                 logs.append([json.loads(line) for line in (place / "grpo" / "log.jsonl").read_text().splitlines()])
+                rows_of = {"SFT": "sft", "SFT + RL": "grpo"}
+                for row, stage in rows_of.items():                                # no stage evaluates what it was trained on
+                    model, ddt = language_model(place, stage)
+                    reward.add_row(place / "results.json", row, sft.predictor(model, ddt), ["uniform"], ("pretrain",), 8 * config.clips,
+                                   size=ddt.config.size, device=DEVICE)
                 results = reward.read(place / "results.json")
-                for split, measure in (("posttrain", "reward"), ("iid", "reward"), ("slow", "drift_error"), ("fast", "drift_error")):
-                    before, after = (torch.tensor(results[row]["uniform"][split]["each"][measure]) for row in ("SFT", "SFT + RL"))
-                    changes.setdefault(split, []).append((after - before)[~(after - before).isnan()])
+                for split, measure in what.items():
+                    before, after = (torch.tensor(results[row]["uniform"][split]["each"][measure]) for row in rows_of)
+                    changes[split].append((after - before)[~(after - before).isnan()])
             last = len(logs[0]) * 4 // 5                                          # the last fifth of the steps
-            mean = {key: sum(line[key] for log in logs for line in log[last:]) / sum(len(log[last:]) for log in logs)
-                    for key in ("reward", "kl", "entropy", "frac_reward_zero_std")}
-            lines.append(f"{name:20s}" + "".join(f"{x:18.3f}" for x in mean.values()) + "".join(
+            mean = [sum(line[key] for log in logs for line in log[last:]) / sum(len(log[last:]) for log in logs)
+                    for key in ("reward", "kl", "entropy")]
+            lines.append(f"{name:20s}{len(logs):4d}" + "".join(f"{x:17.3f}" for x in mean) + "".join(
                 f"{cell(x):>18s}" for x in changes.values()))
-            print(lines[-1])
-            curves[name] = [(i, sum(log[j]["reward"] for log in logs for j in range(i, i + 5)) / (5 * len(logs)))
-                            for i in range(len(logs[0]) - 4)]
-        chart(folder / f"rl_{factor.replace(' ', '_')}.png", "step", "reward of rollouts, mean of 5 steps",
-              {name: curves[name] for name in [*RL["as it is"], *rows]})
+            for key in CURVES:
+                curves[key][name] = [(i, sum(log[j][key] for log in logs for j in range(i, i + 5)) / (5 * len(logs)))
+                                     for i in range(len(logs[0]) - 4)]
+        for key, label in CURVES.items():
+            chart(folder / f"rl_{factor}_{key.split('/')[-2 if '/' in key else 0]}.png".replace(" ", "_"), "step", f"{label}, mean of 5 steps",
+                  {name: curves[key][name] for name in [*RL["as it is"], *rows]})
     (folder / "rl.json").write_text(json.dumps(curves) + "\n")
-    return "\n".join(lines) + "\n(the first four: of rollouts in the last fifth of the steps; then RL minus SFT, the same clips)"
+    return "\n".join(lines) + "\n(of rollouts in the last fifth of the steps; then SFT + RL minus SFT, the same clips)"
+
+
+CURVES = {"reward": "reward of rollouts", "rewards/velocity/mean": "its velocity part", "rewards/mass/mean": "its mass part",
+          "kl": "KL to the SFT model, nats a token", "entropy": "entropy, nats a token", "frac_reward_zero_std": "groups with std below 0.1"}
 
 
 # ------------------------------------------------------------------ figures
@@ -483,18 +534,16 @@ SIZES = {"tiny": (60, 600, 6000), "small": (200, 2000, 20_000), "paper": (30_000
 def figure3(config: Config, folder: Path) -> str:
     """drift_error of SFT against the number of training clips of each motion, all on the run's tokenizer."""
     run, curves, seen = Path(config.out), {}, {}
-    load(run, "ddt")
-    own = json.loads((run / "sft" / "trained.json").read_text()) if (run / "sft" / "trained.json").exists() else {}
+    flags, own = trained(run, "sft", "out", "clips"), json.loads((run / "sft" / "trained.json").read_text())["clips"]
     for n in SIZES[config.preset]:
-        place = run if n == own.get("clips") else copied(run, run / "clips" / str(n), "vae", "ddt")
+        place = run if n == own else copied(run, run / "clips" / str(n), "vae", "ddt")
         if place != run:
-            ddt = json.loads((run / "ddt" / "trained.json").read_text())
-            sft.main(["--preset", config.preset, "--out", str(place), "--clips", str(n), "--seed", str(ddt["seed"]),
-                      "--scenario", ddt["scenario"]])
-        for scenario, splits in reward.read(place / "results.json")["SFT"].items():
+            sft.main(flags + ["--out", str(place), "--clips", str(n)])
+        for scenario, splits in evaluated(place).items():
             for split in ("iid", "ood"):
-                curves.setdefault(f"{scenario}, {split}", []).append((math.log10(n), splits[split]["drift_error"]))
-                seen.setdefault(n, {})[f"{scenario}, {split}"] = f"{splits[split]['drift_error']:.3f} +- {splits[split]['drift_error_se']:.3f}"
+                mean, se = splits[split]["drift_error"], splits[split]["drift_error_se"]
+                curves.setdefault(f"{scenario}, {split}", []).append((math.log10(n), mean))
+                seen.setdefault(n, {})[f"{scenario}, {split}"] = f"{mean:.3f} +- {se:.3f}"
     (folder / "figure3.json").write_text(json.dumps(curves, indent=1) + "\n")
     chart(folder / "figure3.png", "log10 of the training clips", "drift_error, units a second", curves)
     return "\n".join([f"{'clips':>9s}" + "".join(f"{name:>20s}" for name in curves)] +
@@ -507,7 +556,10 @@ def figure4(config: Config, folder: Path) -> str:
     policy, tokenizer = language_model(run, "grpo")
     predictors = {"SFT": sft.predictor(language_model(run, "sft")[0], tokenizer), "SFT + RL": sft.predictor(policy, tokenizer)}
     if (run / "dit" / "model.safetensors").exists():
-        predictors = {"DiT": load(run, "dit").predictor()} | predictors
+        dit = load(run, "dit")
+        train.need(dit.config.size == tokenizer.config.size, f"{run}: the DiT is of {dit.config.size} pixels, the tokenizer of "
+                   f"{tokenizer.config.size}: train one of them again with --fresh")
+        predictors = {"DiT": dit.predictor()} | predictors
     for scenario in train.scenarios(tokenizer.config.scenario):
         for split in ("iid", *sim.levels(scenario)):
             clip = sim.sample(scenario, split, 1, reward.EVAL_SEED)
@@ -519,7 +571,7 @@ def figure4(config: Config, folder: Path) -> str:
     return f"{len(rows)} rows, every third frame"
 
 
-CELLS = 12
+RADII, SPEEDS = torch.arange(0.35, 2.0, 0.1, dtype=torch.float64), torch.arange(0.25, 6.0, 0.5, dtype=torch.float64)
 
 
 def figure8(config: Config, folder: Path) -> str:
@@ -528,9 +580,8 @@ def figure8(config: Config, folder: Path) -> str:
     each. Drawn: the training range (black) and what RL was trained on (blue).
     """
     run, N = Path(config.out), 4
-    radii, speeds = torch.linspace(0.3, 2.0, CELLS, dtype=torch.float64), torch.linspace(0.0, 6.0, CELLS, dtype=torch.float64)
-    r, v, height = (x.flatten()[:, None] for x in torch.meshgrid(radii, speeds, torch.linspace(0.1, 0.9, N, dtype=torch.float64),
-                                                                 indexing="ij"))               # (CELLS CELLS 4, 1)
+    r, v, height = (x.flatten()[:, None] for x in torch.meshgrid(RADII, SPEEDS, torch.linspace(0.1, 0.9, N, dtype=torch.float64),
+                                                                 indexing="ij"))               # (radii speeds 4, 1)
     start = torch.stack([r + 0.3, r + 0.5 + height * (9 - 2 * r)], -1)                         # (B, 1, 2)
     clips = sim.play(sim.Clips("uniform", r, v, start[:, None], torch.ones_like(r)[:, None]))
     panels, found = [], {}
@@ -544,14 +595,18 @@ def figure8(config: Config, folder: Path) -> str:
             part = clips[i:i + 64].to(DEVICE)
             errors.append(reward.errors(predict(sim.render(part.position[:, :sim.CONDITION], part.radius, size)), part))
         for measure, top in (("drift_error", 2.0), ("radius_error", 0.5)):
-            value = torch.cat([e[measure] for e in errors]).cpu().view(CELLS, CELLS, N).nanmean(-1)        # (radius, speed)
+            value = torch.cat([e[measure] for e in errors]).cpu().view(len(RADII), len(SPEEDS), N).nanmean(-1)        # (radius, speed)
             panels.append((f"{label}: {measure}, white 0, red {top} and more", value, top))
             found[f"{label}, {measure}"] = value.tolist()
-    (folder / "figure8.json").write_text(json.dumps({"radius": radii.tolist(), "speed": speeds.tolist()} | found) + "\n")
-    heat_maps(folder / "figure8.png", panels[::2] + panels[1::2], radii, speeds)
-    trained = ((radii >= 0.8) & (radii <= 1.4))[:, None] & ((speeds >= 1.5) & (speeds <= 3.5))
-    return "\n".join(f"{name:28s} in the training range {torch.tensor(x)[trained].nanmean():.3f}, beyond it "
-                     f"{torch.tensor(x)[~trained].nanmean():.3f}" for name, x in found.items())
+    (folder / "figure8.json").write_text(json.dumps({"radius": RADII.tolist(), "speed": SPEEDS.tolist()} | found) + "\n")
+    heat_maps(folder / "figure8.png", panels[::2] + panels[1::2], RADII, SPEEDS)
+    within = lambda use: (torch.stack([(a <= RADII) & (RADII <= b) for a, b in sim.RADIUS[use]]).any(0)[:, None]
+                          & torch.stack([(a <= SPEEDS) & (SPEEDS <= b) for a, b in sim.SPEED[use]]).any(0))
+    places = {"training range": within("pretrain"), "bands of RL": within("posttrain"), "out of distribution": within("ood"),
+              "everything": within("pretrain") | True}
+    lines = [f"{'mean of':28s}" + "".join(f"{place:>22s}" for place in places)]
+    return "\n".join(lines + [f"{name:28s}" + "".join(f"{torch.tensor(x)[where].nanmean():22.3f}" for where in places.values())
+                              for name, x in found.items()])
 
 
 def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor, speeds: Tensor, side: int = 300) -> None:
@@ -559,10 +614,10 @@ def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor
     picture = Image.new("RGB", (2 * (side + 60), (len(panels) + 1) // 2 * (side + 60)), "white")
     draw = ImageDraw.Draw(picture)
     for i, (title, value, top) in enumerate(panels):
-        left, upper, n = 45 + i % 2 * (side + 60), 25 + i // 2 * (side + 60), len(radii)
-        step = [(x[-1] - x[0]).item() / (n - 1) for x in (radii, speeds)]
-        place = lambda r, v: (left + ((r - radii[0].item()) / step[0] + 0.5) * side / n,
-                              upper + side - ((v - speeds[0].item()) / step[1] + 0.5) * side / n)
+        left, upper = 45 + i % 2 * (side + 60), 25 + i // 2 * (side + 60)
+        step = [(x[-1] - x[0]).item() / (len(x) - 1) for x in (radii, speeds)]
+        place = lambda r, v: (left + ((r - radii[0].item()) / step[0] + 0.5) * side / len(radii),
+                              upper + side - ((v - speeds[0].item()) / step[1] + 0.5) * side / len(speeds))
 
         def box(r, v, **options):
             (x0, y1), (x1, y0) = place(r[0], v[0]), place(r[1], v[1])
@@ -570,17 +625,20 @@ def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor
         for j, r in enumerate(radii.tolist()):
             for k, v in enumerate(speeds.tolist()):
                 x = value[j, k].item()
-                pale = int(255 * (1 - min(x / top, 1))) if math.isfinite(x) else 128             # grey: nothing to measure
-                box((r - step[0] / 2, r + step[0] / 2), (v - step[1] / 2, v + step[1] / 2),
-                    fill=(255, pale, pale) if math.isfinite(x) else (128,) * 3)
+                fill = (128, 128, 128)                                                            # grey: nothing to measure
+                if math.isfinite(x):
+                    pale = int(255 * (1 - min(x / top, 1)))
+                    fill = (255, pale, pale)
+                box((r - step[0] / 2, r + step[0] / 2), (v - step[1] / 2, v + step[1] / 2), fill=fill)
         box(sim.RADIUS["pretrain"][0], sim.SPEED["pretrain"][0], outline="black", width=2)
         for r in sim.RADIUS["posttrain"]:
             for v in sim.SPEED["posttrain"]:
                 box(r, v, outline=(40, 80, 200), width=2)
         draw.text((left, upper - 16), title, fill="black")
-        for x in (0, n // 2, n - 1):
-            draw.text((place(radii[x].item(), 0)[0] - 10, upper + side + 4), f"r {radii[x]:.1f}", fill="black")
-            draw.text((left - 40, place(0.3, speeds[x].item())[1] - 6), f"v {speeds[x]:.1f}", fill="black")
+        for r in radii[[0, len(radii) // 2, -1]].tolist():
+            draw.text((place(r, 0)[0] - 12, upper + side + 4), f"r {r:.2f}", fill="black")
+        for v in speeds[[0, len(speeds) // 2, -1]].tolist():
+            draw.text((left - 42, place(0, v)[1] - 6), f"v {v:.2f}", fill="black")
     picture.save(path)
 
 
@@ -707,7 +765,7 @@ def columns(head: str, curves: dict[str, list[tuple[float, float]]]) -> str:
                               for points in zip(*curves.values())])
 
 
-COLORS = ((200, 40, 40), (40, 80, 200), (30, 140, 60), (150, 90, 20), (120, 60, 160))
+COLORS = ((200, 40, 40), (40, 80, 200), (30, 140, 60), (150, 90, 20), (120, 60, 160), (0, 0, 0))
 
 
 def chart(path: Path, x_label: str, y_label: str, curves: dict[str, list[tuple[float, float]]], width=640, height=400) -> None:

@@ -303,8 +303,8 @@ def bench_grpo():
         r = grpo.rollout(policy, reference, tokenizer, clips, config, generators)
         held["logits and supports of rollouts"] = r.logits_ref.nbytes + r.support.nbytes
         parts = len(r.ids) // config.micro
-        old = grpo.kept(reference, tokenizer, world.share(sim.sample("uniform", "pretrain", config.prompts)))
-        grpo.update(run, loss_of, r.split(parts), [old], config)
+        known = grpo.as_rollout(reference, tokenizer, world.share(sim.sample("uniform", "pretrain", config.prompts)))
+        grpo.update(run, loss_of, r.split(parts), [known], config)
         whole = time.perf_counter() - begin
     plan = grpo.plan_for(config, world.size, c, torch.bfloat16, tokens)
     if world.is_main:

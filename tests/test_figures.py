@@ -30,7 +30,7 @@ def out(tmp_path_factory):
     torch.manual_seed(0)
     vae = VAE({"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 3, "norm_num_groups": 4,
                "scaling_factor": 1.0, "use_quant_conv": False, "use_post_quant_conv": False})
-    ddt = DDT(Config(size=16, queries=4, image_width=16, query_width=32, encoder_layers=2, width=32, layers=2, heads=2), vae)
+    ddt = DDT(Config(size=16, queries=4, image_width=16, query_width=32, encoder_layers=2, width=32, layers=2, heads=2, eval_clips=1), vae)
     vqgan = VQGAN(VQGANConfig(size=16, width=8, levels=3))
     with torch.no_grad():
         ddt.quantizer.fill(ddt.quantizer.vectors(ddt.encoder(ddt.latent(x))).flatten(0, 1))
@@ -44,8 +44,7 @@ def out(tmp_path_factory):
     for name in ("sft", "grpo"):
         Llama(LlamaConfig(257, 32, 48, 2, 4, 2, 8, n_visual=256, bos_token_id=0)).save(folder / name)
         train.made_of(folder / name, **{x: folder / x / "model.safetensors" for x in ("ddt", "sft")[:1 + (name == "grpo")]})
-        (folder / name / "trained.json").write_text(json.dumps({"seed": 3, "scenario": "uniform", "clips": 6000}))
-    (folder / "ddt" / "trained.json").write_text(json.dumps({"seed": 3, "scenario": "uniform"}))
+        (folder / name / "trained.json").write_text(json.dumps({"preset": "tiny", "seed": 3, "clips": 12, "lr": 1e-4}))
     return folder
 
 
@@ -58,7 +57,8 @@ def out(tmp_path_factory):
 def test_commands(out, flags, files, capsys, monkeypatch):
     monkeypatch.setattr(figures, "STEPS", (2,))
     monkeypatch.setattr(figures, "SAMPLES", 2)
-    monkeypatch.setattr(figures, "CELLS", 3)
+    monkeypatch.setattr(figures, "RADII", figures.RADII[::6])
+    monkeypatch.setattr(figures, "SPEEDS", figures.SPEEDS[::6])
     figures.main(["--out", str(out), "--clips", "1", *flags])
     if flags[0] == "--table":                                # a second call reads what is there
         monkeypatch.setattr(figures.reward, "evaluate", None)
@@ -81,8 +81,13 @@ def test_what_is_missing_is_named(out, tmp_path):
         figures.main(["--out", str(tmp_path), "--figure", "8"])
     with pytest.raises(Problem, match="no model that predicts"):
         figures.main(["--out", str(tmp_path), "--table", "1"])
+    for flags in (["--table", "order"], ["--table", "rl"], ["--figure", "3"]):
+        with pytest.raises(Problem, match="make it with `python sft.py"):
+            figures.main(["--out", str(tmp_path), *flags])
     with pytest.raises(Problem, match="elsewhere is missing"):
         figures.main(["--out", str(out), "--others", "elsewhere", "--table", "2"])
+    with pytest.raises(Problem, match="names a run twice"):
+        figures.main(["--out", str(out), "--others", f"{out}/", "--table", "2"])
     with pytest.raises(Problem, match="no table 9"):
         figures.main(["--out", str(out), "--table", "9"])
 
@@ -133,29 +138,43 @@ def few(monkeypatch):
     return asked
 
 
+def sft_row(out, drift):
+    """A table with a row of SFT: every split has two clips."""
+    result = {"each": {"reward": [1.0, 2.0], "drift_error": drift}, "drift_error": sum(drift) / 2, "drift_error_se": 0.5}
+    (out / "results.json").write_text(json.dumps({"SFT": {"uniform": {s: result for s in figures.sim.SHOWN}}}))
+
+
 def test_order(out, capsys, monkeypatch):
     asked = few(monkeypatch)
-    (out / "results.json").write_text(json.dumps({"SFT": {"uniform": {s: {"each": {"reward": [1.0, 2.0], "drift_error": [0.5, 1.5]}}
-                                                                   for s in figures.sim.SHOWN}}}))
+    sft_row(out, [0.5, 1.5])
     figures.main(["--out", str(out), "--table", "order"])
-    forward, reverse = capsys.readouterr().out.splitlines()[-4:-2]
-    assert "forward (1 runs)" in forward and forward.count("1.000 +- 0.500") == 4
-    assert "reverse (1 runs)" in reverse and len(asked) == 1 and asked[0][-3:] == ["3", "--scenario", "uniform"]
+    forward = next(line for line in capsys.readouterr().out.splitlines() if "uniform, forward" in line)
+    assert forward.split()[:3] == ["uniform,", "forward", "1"] and forward.count("1.000 +- 0.500") == 4
+    assert asked == [["--preset", "tiny", "--seed", "3", "--clips", "12", "--lr", "0.0001", "--out", str(out / "reverse")]]
     ddt, turned = (DDT.load(place / "ddt") for place in (out, out / "reverse"))
     frames = torch.rand(4, 3, 16, 16, generator=seeded(1))
     assert torch.equal(ddt.encode(frames), turned.encode(frames).flip(1))
+    (model,) = (out / "reverse").glob("sft/model.safetensors")
+    before = model.stat().st_mtime_ns
     figures.main(["--out", str(out), "--table", "order"])                                       # what is there is not done again
-    assert len(asked) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if "uniform, reverse" in line)
+    assert line.split()[2] == "1" and model.stat().st_mtime_ns == before
+    assert train.checksum(model) != train.checksum(out / "sft" / "model.safetensors")
+    assert train.checksum(out / "ddt" / "model.safetensors") != train.checksum(out / "reverse" / "ddt" / "model.safetensors")
 
 
 def test_figure_3(out, capsys, monkeypatch):
+    """The run's own model is one of the points; the others are trained."""
     asked = few(monkeypatch)
+    sft_row(out, [0.5, 1.5])
     monkeypatch.setattr(figures, "SIZES", {"tiny": (8, 12)})
     figures.main(["--out", str(out), "--figure", "3"])
-    assert [argv[argv.index("--clips") + 1] for argv in asked] == ["8", "12"]
+    assert [argv[argv.index("--clips") + 1] for argv in asked] == ["8"]
     curves = json.loads((out / "figures" / "figure3.json").read_text())
     assert [x for x, _ in curves["uniform, iid"]] == [math.log10(8), math.log10(12)] and len(curves) == 2
-    assert (out / "clips" / "12" / "sft" / "tokens" / "uniform-00000.npy").exists()
+    assert curves["uniform, ood"][1][1] == 1.0
+    assert curves["uniform, iid"][0][1] == json.loads((out / "clips/8/results.json").read_text())["SFT"]["uniform"]["iid"]["drift_error"]
+    capsys.readouterr()
 
 
 def test_rl(out, capsys, monkeypatch):
@@ -164,25 +183,59 @@ def test_rl(out, capsys, monkeypatch):
     (out / "results.json").unlink(missing_ok=True)
     monkeypatch.setattr(figures, "RL", {"as it is": {"usual": {}}, "more": {"whole": {"horizon": 2, "untruncated": True},
                                                                           "short": {"sft": 1000}}})
-    figures.main(["--out", str(out), "--table", "rl"])
+    command = ["--out", str(out), "--table", "rl", "--clips", "1"]
+    figures.main(command)
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("usual", "whole", "short"))}
-    assert rows.keys() == {"usual", "whole", "short"} and len(rows["usual"]) == 1 + 4 + 3 * 4    # 4 numbers, 4 with +-
-    assert [argv[4:] for argv in asked] == [[], ["--horizon", "2", "--untruncated"], ["--steps", "1000"], []]
+    assert rows.keys() == {"usual", "whole", "short"} and len(rows["usual"]) == 2 + 3 + 5 * 3    # 3 numbers, 5 with +-
+    assert [argv[4:] for argv in asked[:2]] == [[], ["--horizon", "2", "--untruncated"]]
+    assert asked[2][:-2] == ["--preset", "tiny", "--seed", "3", "--clips", "12", "--lr", "0.0001", "--steps", "1000"]
     config = json.loads((out / "rl" / "whole" / "grpo" / "trained.json").read_text())
     assert config["horizon"] == 2 and config["untruncated"] and config["seed"] == 3
-    assert train.checksum(out / "rl" / "usual" / "sft" / "model.safetensors") == train.checksum(out / "sft" / "model.safetensors")
-    assert train.checksum(out / "rl" / "short" / "sft" / "model.safetensors") != train.checksum(out / "sft" / "model.safetensors")
-    with Image.open(out / "figures" / "rl_more.png") as picture:
+    log = [json.loads(line) for line in (out / "rl" / "whole" / "grpo" / "log.jsonl").read_text().splitlines()]
+    assert rows["whole"][2] == f"{sum(line['reward'] for line in log[4:]) / 2:.3f}"               # steps 4 and 5 of 6
+    results = json.loads((out / "rl" / "whole" / "results.json").read_text())
+    of = lambda row: torch.tensor(results[row]["uniform"]["slow"]["each"]["drift_error"])
+    assert " ".join(rows["whole"][14:17]) == figures.cell([of("SFT + RL") - of("SFT")])
+    sums = {place: train.checksum(out / place / "sft" / "model.safetensors") for place in (".", "rl/usual", "rl/short")}
+    assert sums["rl/usual"] == sums["."] != sums["rl/short"]
+    with Image.open(out / "figures" / "rl_more_velocity.png") as picture:
         assert picture.getextrema() != ((255, 255),) * 3
     before = {p: p.stat().st_mtime_ns for p in (out / "rl").rglob("model.safetensors")}
-    figures.main(["--out", str(out), "--table", "rl"])
+    figures.main(command)
     assert {p: p.stat().st_mtime_ns for p in (out / "rl").rglob("model.safetensors")} == before
+    (out / "rl" / "usual" / "sft" / "model.safetensors").write_bytes((out / "rl/short/sft/model.safetensors").read_bytes())
+    with pytest.raises(Problem, match="made from another sft"):
+        figures.main(command)
+
+
+def test_a_copy_is_whole_or_not_there(out, tmp_path, monkeypatch):
+    real = figures.shutil.copytree
+    monkeypatch.setattr(figures.shutil, "copytree", lambda a, b, **options: real(a, b, **options) if a.name == "vae" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        figures.copied(out, tmp_path / "copy", "vae", "ddt")
+    assert not (tmp_path / "copy").exists()
+    monkeypatch.undo()
+    assert {p.name for p in figures.copied(out, tmp_path / "copy", "vae", "ddt").iterdir()} == {"vae", "ddt", "results.json"}
+
+
+def test_results_of_another_model_are_forgotten(out, tmp_path):
+    (tmp_path / "sft").mkdir()
+    weights, path = tmp_path / "sft" / "model.safetensors", tmp_path / "sft.json"
+    weights.write_bytes(b"one")
+    figures.of_these(path, tmp_path, "sft")
+    path.write_text("{}")
+    figures.of_these(path, tmp_path, "sft")
+    assert path.exists()
+    weights.write_bytes(b"other")
+    figures.of_these(path, tmp_path, "sft")
+    assert not path.exists()
 
 
 def test_heat_maps(tmp_path):
     """Slow and small is at the lower left; white is 0, red the top, grey nothing."""
     value = torch.tensor([[0.0, 1.0], [math.nan, 0.5]])                                          # (radius, speed)
-    figures.heat_maps(tmp_path / "map.png", [("x", value, 1.0)], torch.tensor([0.5, 1.9]), torch.tensor([0.3, 5.0]), side=200)
+    radii, speeds = torch.tensor([0.5, 1.9]), torch.tensor([0.3, 5.0])
+    figures.heat_maps(tmp_path / "map.png", [("x", value, 1.0)], radii, speeds, side=200)
     picture = Image.open(tmp_path / "map.png")
     at = lambda x, y: picture.getpixel((45 + x, 25 + y))
     assert at(20, 180) == (255, 255, 255) and at(20, 20) == (255, 0, 0)

@@ -312,12 +312,12 @@ def test_untruncated_scoring_is_of_the_whole_softmax(rollout):
     assert (whole.logp_old < r.logp_old - 1e-3).any()
 
 
-def test_old_clips_hold_the_policy_where_it_was(rollout):
+def test_known_clips_hold_the_policy_where_it_was(rollout):
     """Only the KL is left of their loss: nothing at the reference, and a step from elsewhere goes back to it."""
     _, reference, ddt, _, config, _ = rollout
-    old = grpo.kept(reference, ddt, sim.sample("uniform", "pretrain", 5))
-    assert old.ids.shape == (5, 65) and old.codes.shape == (5, 58) and not old.advantage.any()
-    at_home = grpo.Loss(reference, config)(old)
+    known = grpo.as_rollout(reference, ddt, sim.sample("uniform", "pretrain", 5))
+    assert known.ids.shape == (5, 65) and known.codes.shape == (5, 58) and not known.advantage.any()
+    at_home = grpo.Loss(reference, config)(known)
     assert at_home["kl"].abs().max() < 1e-6 and at_home["loss"].abs().max() < 1e-6
     policy = copy.deepcopy(reference)
     with torch.no_grad():
@@ -329,16 +329,16 @@ def test_old_clips_hold_the_policy_where_it_was(rollout):
             self.losses = list(losses)
             assert len(self.losses) == parts
     run = Run()
-    rollouts, measured = grpo.update(run, loss_of, [], old.split(2), dataclasses.replace(config, prompts=5, keep=0.3))
-    kl = loss_of(old)["kl"]
+    rollouts, measured = grpo.update(run, loss_of, [], known.split(2), dataclasses.replace(config, prompts=5, keep=0.3))
+    kl = loss_of(known)["kl"]
     torch.testing.assert_close(sum(run.losses), 0.3 * kl.mean())
     torch.testing.assert_close(torch.cat([x["kl"] for x in measured]), kl)
     assert kl.min() > 1e-3 and not rollouts
     policy.head.requires_grad_(True)
-    gradient = torch.autograd.grad(loss_of(old)["kl"].mean(), policy.head)[0]
+    gradient = torch.autograd.grad(loss_of(known)["kl"].mean(), policy.head)[0]
     with torch.no_grad():
         policy.head.sub_(gradient)
-    assert loss_of(old)["kl"].mean() < kl.mean()
+    assert loss_of(known)["kl"].mean() < kl.mean()
 
 
 def test_a_rollout_does_not_depend_on_the_others_of_its_batch(rollout):
