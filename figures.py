@@ -105,8 +105,8 @@ def runs(config: Config) -> list[Path]:
 def trained(run: Path, name: str, *but: str) -> list[str]:
     """The flags with which the model of <run>/<name> was trained, where they are not defaults, but for some of them."""
     path = run / name / "trained.json"
-    train.need(path.exists(), f"{run}/{name} is missing: make it with `python {train.script(name)} --out {run}`, and the --preset that "
-               "the folder has")
+    train.need(path.exists(), f"{run}/{name} is missing: make it with `python {train.script(name)} --out {run}`, and the --preset "
+               "that the folder has")
     module = {"sft": sft, "grpo": grpo, "ddt": tokenizers}[name]
     was = json.loads(path.read_text())
     usual = module.Config(**{"preset": was["preset"]} | module.PRESETS[was["preset"]])
@@ -117,7 +117,8 @@ def trained(run: Path, name: str, *but: str) -> list[str]:
 def copied(run: Path, place: Path, *names: str) -> Path:
     """A run folder of its own that begins with some of another's models and their rows of the table."""
     rows = {"vae": ("ground truth", "VAE"), "ddt": ("DDT",), "sft": ("SFT",)}
-    weights = lambda folder, name: train.checksum(folder / name / (tokenizers.VAE_WEIGHTS if name == "vae" else "model.safetensors"))
+    file = {"vae": tokenizers.VAE_WEIGHTS}
+    weights = lambda folder, name: train.checksum(folder / name / file.get(name, "model.safetensors"))
     if not place.exists():
         part = place.with_name(place.name + ".part")                              # whole, or not there
         shutil.rmtree(part, ignore_errors=True)
@@ -127,8 +128,8 @@ def copied(run: Path, place: Path, *names: str) -> Path:
         reward.write(part / "results.json", {row: known[row] for name in names for row in rows[name] if row in known})
         part.rename(place)
     for name in names:
-        train.need(weights(place, name) == weights(run, name), f"{place} was made from another {name} than {run} now holds: delete it, "
-                   "it is made again")
+        train.need(weights(place, name) == weights(run, name),
+                   f"{place} was made from another {name} than {run} now holds: delete it, it is made again")
     return place
 
 
@@ -189,7 +190,8 @@ def of_these(path: Path, run: Path, *names: str) -> None:
 PAPER1 = {"DiT-S": "0.015 / 0.288  0.052 / 0.311  0.023 / 0.153", "DiT-B": "0.014 / 0.358  0.036 / 0.287  0.018 / 0.211",
           "DiT-L": "0.012 / 0.427  0.035 / 0.337  0.015 / 0.161", "Qwen-1.5B": "0.025 / 0.271  0.023 / 0.399  0.056 / 0.185",
           "Qwen-7B": "0.016 / 0.071  0.017 / 0.068  0.043 / 0.047", "Llama3.1-8B": "0.014 / 0.057  0.018 / 0.062  0.048 / 0.051"}
-PAPER2 = {"VQGAN, SFT": "0.032 / 0.884  0.090 / 0.951  0.054 / 0.322", "VQGAN, SFT + RL": "0.030 / 0.281  0.082 / 0.426  0.053 / 0.120",
+PAPER2 = {"VQGAN, SFT": "0.032 / 0.884  0.090 / 0.951  0.054 / 0.322",
+          "VQGAN, SFT + RL": "0.030 / 0.281  0.082 / 0.426  0.053 / 0.120",
           "DDT, SFT": "0.032 / 0.763  0.024 / 0.685  0.050 / 0.184", "DDT, SFT + RL": "0.014 / 0.057  0.018 / 0.062  0.048 / 0.051"}
 SAMPLES = 8
 
@@ -241,14 +243,15 @@ def comparison(rows: dict[str, list[tuple[list[dict], bool]]], paper: dict[str, 
     """
     lines = []
     for i, scenario in enumerate(sim.SCENARIOS):
-        lines += [f"\n{scenario}".ljust(38) + "runs" + "".join(f"{x:>18s}" for x in ("drift_error, IID", "OOD", "reward, IID", "OOD"))]
+        lines.append(f"\n{scenario}".ljust(38) + "runs" + "".join(
+            f"{x:>18s}" for x in ("drift_error, IID", "OOD", "reward, IID", "OOD")))
         here = {label: [([r[scenario] for r in results], best) for results, best in of_runs if scenario in results[0]]
                 for label, of_runs in rows.items()}
         for label, of_runs in here.items():
             cells = [cell([clip_by_clip(results, splits, measure, best) for results, best in of_runs])
-                     for measure in ("drift_error", "reward") for splits in (["iid"], sim.levels(scenario))] if of_runs else ["not run yet"]
-            if of_runs or any(here.values()):
-                lines.append(f"  {label:35s}{len(of_runs):4d}" + "".join(f"{x:>18s}" for x in cells))
+                     for measure in ("drift_error", "reward") for splits in (["iid"], sim.levels(scenario)) if of_runs]
+            if any(here.values()):
+                lines.append(f"  {label:35s}{len(of_runs):4d}" + "".join(f"{x:>18s}" for x in cells or ["not run yet"]))
         if not any(here.values()):
             lines.append(f"  not run yet: python grpo.py --scenario {scenario} --out FOLDER, and --others FOLDER here")
         for label, numbers in paper.items():
@@ -294,8 +297,8 @@ def order(config: Config, folder: Path) -> str:
         ddt.config.order = {"forward": "reverse", "reverse": "forward"}[own]
         if not (turned / "ddt" / "model.safetensors").exists():
             ddt.save(train.writable(turned / "ddt"))
-        train.need(torch.equal(load(turned, "ddt").quantizer.codebook, ddt.quantizer.codebook), f"{turned} was made from another ddt than "
-                   f"{run} now holds: delete it, it is made again")
+        train.need(torch.equal(load(turned, "ddt").quantizer.codebook, ddt.quantizer.codebook),
+                   f"{turned} was made from another ddt than {run} now holds: delete it, it is made again")
         sft.main(flags + ["--out", str(turned)])                                  # what is done it does not do again
         for place, name in ((run, own), (turned, ddt.config.order)):
             for scenario, splits in evaluated(place).items():
@@ -475,55 +478,60 @@ RL = {                              # factor -> what is drawn together: one chan
 }
 
 
+CURVES = {"reward": ("reward", "reward of rollouts"), "velocity": ("rewards/velocity/mean", "its velocity part"),
+          "mass": ("rewards/mass/mean", "its mass part"), "kl": ("kl", "KL to the SFT model, nats a token"),
+          "entropy": ("entropy", "entropy, nats a token"),
+          "zero_std": ("frac_reward_zero_std", "share of groups with std below 0.1")}
+CHANGED = {"posttrain": "reward", "pretrain": "drift_error", "iid": "drift_error", "slow": "drift_error", "fast": "drift_error"}
+
+
+def another_policy(run: Path, name: str, change: dict, clips: int) -> Path:
+    """<run>/rl/<name>: GRPO with a change, on the run's SFT model or on one of another length, and their rows of the table."""
+    change = dict(change)
+    length = ["--steps", str(change.pop("sft"))] if "sft" in change else []
+    flags = trained(run, "sft", "out", *["steps"] * bool(length))
+    place = copied(run, run / "rl" / name.replace(" ", "-"), "vae", "ddt", *["sft"] * (not length))
+    if length:
+        sft.main(flags + length + ["--out", str(place)])
+    seed = flags[flags.index("--seed"):][:2] if "--seed" in flags else []
+    changes = [text for key, value in change.items() for text in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+    grpo.main(["--out", str(place), *seed, *changes])
+    for row, stage in (("SFT", "sft"), ("SFT + RL", "grpo")):                     # no stage looks at what it was trained on
+        model, ddt = language_model(place, stage)
+        reward.add_row(place / "results.json", row, sft.predictor(model, ddt), ["uniform"], ("pretrain",), clips,
+                       size=ddt.config.size, device=DEVICE)
+    return place
+
+
 def rl(config: Config, folder: Path) -> str:
     """
-    GRPO on each run's SFT model, but for one factor as grpo.py does it, in <run>/rl: learning curves, and what RL changed. The
-    training reward is of other conditions where there are more or fewer groups.
+    GRPO on each run's SFT model, but for one factor as grpo.py does it: learning curves, and what RL changed. The reward of
+    rollouts is of other conditions where there are more or fewer groups.
     """
     train.need(config.preset == "tiny", "the ablation of RL is of `tiny`")
-    what = {"posttrain": "reward", "pretrain": "drift_error", "iid": "drift_error", "slow": "drift_error", "fast": "drift_error"}
     lines = [f"{'':20s}runs" + "".join(f"{x:>17s}" for x in ("training reward", "kl", "entropy")) +
-             "".join(f"{f'{split} {measure[:6]}':>18s}" for split, measure in what.items())]
-    curves = {key: {} for key in CURVES}
+             "".join(f"{f'{split} {measure[:6]}':>18s}" for split, measure in CHANGED.items())]
+    curves = {curve: {} for curve in CURVES}
     for factor, rows in RL.items():
         for name, change in rows.items():
-            logs, changes = [], {split: [] for split in what}
-            for run in runs(config):
-                length = ["--steps", str(change["sft"])] if "sft" in change else []
-                flags = trained(run, "sft", "out", *["steps"] * bool(length))
-                seed = flags[flags.index("--seed"):][:2] if "--seed" in flags else []
-                place = copied(run, run / "rl" / name.replace(" ", "-"), "vae", "ddt", *["sft"] * (not length))
-                if length:
-                    sft.main(flags + length + ["--out", str(place)])
-                grpo.main(["--out", str(place)] + seed + [text for key, value in change.items() if key != "sft" for text in (
-                    [f"--{key}"] if value is True else [f"--{key}", str(value)])])
-                logs.append([json.loads(line) for line in (place / "grpo" / "log.jsonl").read_text().splitlines()])
-                rows_of = {"SFT": "sft", "SFT + RL": "grpo"}
-                for row, stage in rows_of.items():                                # no stage evaluates what it was trained on
-                    model, ddt = language_model(place, stage)
-                    reward.add_row(place / "results.json", row, sft.predictor(model, ddt), ["uniform"], ("pretrain",), 8 * config.clips,
-                                   size=ddt.config.size, device=DEVICE)
-                results = reward.read(place / "results.json")
-                for split, measure in what.items():
-                    before, after = (torch.tensor(results[row]["uniform"][split]["each"][measure]) for row in rows_of)
-                    changes[split].append((after - before)[~(after - before).isnan()])
-            last = len(logs[0]) * 4 // 5                                          # the last fifth of the steps
-            mean = [sum(line[key] for log in logs for line in log[last:]) / sum(len(log[last:]) for log in logs)
-                    for key in ("reward", "kl", "entropy")]
-            lines.append(f"{name:20s}{len(logs):4d}" + "".join(f"{x:17.3f}" for x in mean) + "".join(
-                f"{cell(x):>18s}" for x in changes.values()))
-            for key in CURVES:
-                curves[key][name] = [(i, sum(log[j][key] for log in logs for j in range(i, i + 5)) / (5 * len(logs)))
-                                     for i in range(len(logs[0]) - 4)]
-        for key, label in CURVES.items():
-            chart(folder / f"rl_{factor}_{key.split('/')[-2 if '/' in key else 0]}.png".replace(" ", "_"), "step", f"{label}, mean of 5 steps",
-                  {name: curves[key][name] for name in [*RL["as it is"], *rows]})
+            places = [another_policy(run, name, change, 8 * config.clips) for run in runs(config)]
+            logs = [[json.loads(line) for line in (place / "grpo" / "log.jsonl").read_text().splitlines()] for place in places]
+            for curve, (key, _) in CURVES.items():
+                mean = torch.tensor([[line[key] for line in log] for log in logs]).mean(0)                    # (steps,)
+                curves[curve][name] = [*enumerate(mean.unfold(0, 5, 1).mean(1).tolist())]
+            end = [sum(y for _, y in curves[curve][name][-5:]) / 5 for curve in ("reward", "kl", "entropy")]
+            cells = []
+            for split, measure in CHANGED.items():
+                of = [[torch.tensor(reward.read(place / "results.json")[row]["uniform"][split]["each"][measure])
+                       for row in ("SFT", "SFT + RL")] for place in places]
+                cells.append(cell([(after - before)[~(after - before).isnan()] for before, after in of]))
+            lines.append(f"{name:20s}{len(logs):4d}" + "".join(f"{x:17.3f}" for x in end) + "".join(f"{x:>18s}" for x in cells))
+            print(lines[-1])
+        for curve, (_, label) in CURVES.items():
+            chart(folder / f"rl_{factor.replace(' ', '_')}_{curve}.png", "step", f"{label}, mean of 5 steps",
+                  {name: curves[curve][name] for name in [*RL["as it is"], *rows]})
     (folder / "rl.json").write_text(json.dumps(curves) + "\n")
-    return "\n".join(lines) + "\n(of rollouts in the last fifth of the steps; then SFT + RL minus SFT, the same clips)"
-
-
-CURVES = {"reward": "reward of rollouts", "rewards/velocity/mean": "its velocity part", "rewards/mass/mean": "its mass part",
-          "kl": "KL to the SFT model, nats a token", "entropy": "entropy, nats a token", "frac_reward_zero_std": "groups with std below 0.1"}
+    return "\n".join(lines) + "\n(of rollouts at the end of training; then SFT + RL minus SFT, the same clips)"
 
 
 # ------------------------------------------------------------------ figures
@@ -588,14 +596,15 @@ def figure8(config: Config, folder: Path) -> str:
     for label, name in (("SFT", "sft"), ("SFT + RL", "grpo")):
         model, tokenizer = language_model(run, name)
         predict, size = sft.predictor(model, tokenizer), tokenizer.config.size
-        train.need("uniform" in train.scenarios(tokenizer.config.scenario), f"{run} is of {tokenizer.config.scenario}: figure 8 is "
-                   "of uniform motion")
+        train.need("uniform" in train.scenarios(tokenizer.config.scenario),
+                   f"{run} is of {tokenizer.config.scenario}: figure 8 is of uniform motion")
         errors = []
         for i in range(0, len(clips), 64):
             part = clips[i:i + 64].to(DEVICE)
             errors.append(reward.errors(predict(sim.render(part.position[:, :sim.CONDITION], part.radius, size)), part))
         for measure, top in (("drift_error", 2.0), ("radius_error", 0.5)):
-            value = torch.cat([e[measure] for e in errors]).cpu().view(len(RADII), len(SPEEDS), N).nanmean(-1)        # (radius, speed)
+            value = torch.cat([e[measure] for e in errors]).cpu()
+            value = value.view(len(RADII), len(SPEEDS), N).nanmean(-1)                         # (radius, speed)
             panels.append((f"{label}: {measure}, white 0, red {top} and more", value, top))
             found[f"{label}, {measure}"] = value.tolist()
     (folder / "figure8.json").write_text(json.dumps({"radius": RADII.tolist(), "speed": SPEEDS.tolist()} | found) + "\n")

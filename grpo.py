@@ -17,8 +17,8 @@ Differences from textbook GRPO, and choices where the paper is silent
 6. A token is judged by the reward of the eight frames from its own on, not by the whole clip's: it cannot change what was
    before it, and what is long after it says little of it. Where no frame counts (the true ball has left the view) nothing is
    learnt. The paper's way is --whole_clip.
-7. The KL to the SFT model is also taken on true clips of the training range, where there are no rollouts (`as_rollout`). Without it
-   the two bands that are trained pull what lies between them to themselves: at v in [2, 3] drift_error rose from 0.16 to 0.44
+7. The KL to the SFT model is also taken on true clips of the training range, where there are no rollouts (`as_rollout`). Without
+   it the two bands that are trained pull what lies between them to themselves: at v in [2, 3] drift_error rose from 0.16 to 0.44
    while the bands improved (seed 1, the other settings as here).
 
     torchrun grpo.py                    # from nothing: VAE, DDT, SFT (if missing in runs/tiny), GRPO, table, pictures
@@ -204,7 +204,8 @@ class Loss(nn.Module):
 # ------------------------------------------------------------------ training
 
 
-def update(run: train.Run, loss_of: nn.Module, rollouts: list[Rollout], known: list[Rollout], config: Config) -> tuple[list, list]:
+def update(run: train.Run, loss_of: nn.Module, rollouts: list[Rollout], known: list[Rollout],
+           config: Config) -> tuple[list[dict], list[dict]]:
     """One optimizer step; the parts take turns in memory -> what was measured of each, name -> (rows of the part,)."""
     of_rollouts, of_known = [], []
 
@@ -246,9 +247,9 @@ def plan_for(config: Config, ranks: int, c: LlamaConfig, dtype: torch.dtype, tok
                "logits and supports of rollouts": R * T * V * 5}
     weights = memory["parameters"] - (2 - c.tie_word_embeddings) * model.head.nbytes      # of the head only the codes' rows are read
     training = 4 if config.checkpointing else 3                                  # forward passes' worth of a step
+    passes = T / S + 2 + training + (1 + training) * bool(config.keep) / config.group
     return train.Plan(memory, {"KV cache": cache * (1 + 1 / config.group), "activations": activations},
-                      config.prompts * config.group * T, (T / S + 2 + training + (1 + training) * bool(config.keep) / config.group) * flops,
-                      T * (weights + cache))
+                      config.prompts * config.group * T, passes * flops, T * (weights + cache))
 
 
 def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -> Llama:
@@ -285,7 +286,8 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
             group_std, zero = train.total(torch.stack([std.sum(), (std < NOISE).sum()])) / config.prompts
             run.log(**{"reward": mean["reward"], "reward_std": group_std, "frac_reward_zero_std": zero,
                        "rewards/velocity/mean": mean["velocity"], "rewards/mass/mean": mean["mass"],
-                       "kl": mean["kl"], "kl_known": kl_known / config.prompts, "entropy": mean["entropy"], "clip_ratio/region_mean": mean["clipped"]})
+                       "kl": mean["kl"], "kl_known": kl_known / config.prompts, "entropy": mean["entropy"],
+                       "clip_ratio/region_mean": mean["clipped"]})
     if world.is_main:
         reward.drop_rows(folder.parent / "results.json", "SFT + RL")
     train.finish(folder, policy.save, config, policy, world)
