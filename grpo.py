@@ -25,7 +25,7 @@ Differences from textbook GRPO, and choices where the paper is silent
     python grpo.py --steps 80           # the same without torchrun; any field of Config is a flag
     torchrun --nproc_per_node=8 grpo.py # 8 ranks; the global batch stays as it is
 
-Expected at `tiny` on 2 CPU cores: 18 minutes in all, GRPO 2 of them (2.4 seconds a step); up to twice that on slower ones.
+Expected at `tiny` on 2 CPU cores: 19 minutes in all, GRPO 2.5 of them (2.7 seconds a step); up to twice that on slower ones.
 
 Axes: P prompts, G rollouts per prompt (group), R = P G rollouts, S sequence, T sampled tokens, V visual codes, F frames,
 K tokens of a frame.
