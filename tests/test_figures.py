@@ -135,6 +135,7 @@ def few(monkeypatch):
             main(flags + keep)
         monkeypatch.setattr(stage, "main", main)
     monkeypatch.setattr(figures.sim, "SHOWN", ("iid", "ood", "slow", "fast"))
+    monkeypatch.setattr(figures.grpo, "pictures", lambda *args: None)
     return asked
 
 
@@ -180,31 +181,31 @@ def test_figure_3(out, capsys, monkeypatch):
 def test_rl(out, capsys, monkeypatch):
     """Each row is trained from the run's SFT model, or one of another length; a second call trains nothing."""
     asked = few(monkeypatch)
+    monkeypatch.setattr(figures.sim, "SHOWN", ("iid", "slow", "fast"))
     (out / "results.json").unlink(missing_ok=True)
-    monkeypatch.setattr(figures, "RL", {"as it is": {"usual": {}}, "more": {"whole": {"horizon": 2, "untruncated": True},
-                                                                          "short": {"sft": 1000}}})
+    monkeypatch.setattr(figures, "RL", {"as it is": {"usual": {}}, "more": {"other": {"horizon": 2, "untruncated": True, "sft": 1000}}})
     command = ["--out", str(out), "--table", "rl", "--clips", "1"]
     figures.main(command)
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("usual", "whole", "short"))}
-    assert rows.keys() == {"usual", "whole", "short"} and len(rows["usual"]) == 2 + 3 + 5 * 3    # 3 numbers, 5 with +-
-    assert [argv[4:] for argv in asked[:2]] == [[], ["--horizon", "2", "--untruncated"]]
-    assert asked[2][:-2] == ["--preset", "tiny", "--seed", "3", "--clips", "12", "--lr", "0.0001", "--steps", "1000"]
-    config = json.loads((out / "rl" / "whole" / "grpo" / "trained.json").read_text())
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("usual", "other"))}
+    assert rows.keys() == {"usual", "other"} and len(rows["usual"]) == 2 + 3 + 5 * 3             # 3 numbers, 5 with +-
+    assert asked[0][4:] == [] and asked[2][4:] == ["--horizon", "2", "--untruncated"]
+    assert asked[1][:-2] == ["--preset", "tiny", "--seed", "3", "--clips", "12", "--lr", "0.0001", "--steps", "1000"]
+    config = json.loads((out / "rl" / "other" / "grpo" / "trained.json").read_text())
     assert config["horizon"] == 2 and config["untruncated"] and config["seed"] == 3
-    log = [json.loads(line) for line in (out / "rl" / "whole" / "grpo" / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (out / "rl" / "other" / "grpo" / "log.jsonl").read_text().splitlines()]
     curve = [sum(line["reward"] for line in log[i:i + 5]) / 5 for i in range(5)]                 # 9 steps
-    assert rows["whole"][2] == f"{sum(curve) / 5:.3f}"
-    results = json.loads((out / "rl" / "whole" / "results.json").read_text())
+    assert rows["other"][2] == f"{sum(curve) / 5:.3f}"
+    results = json.loads((out / "rl" / "other" / "results.json").read_text())
     of = lambda row: torch.tensor(results[row]["uniform"]["slow"]["each"]["drift_error"])
-    assert " ".join(rows["whole"][14:17]) == figures.cell([of("SFT + RL") - of("SFT")])
-    sums = {place: train.checksum(out / place / "sft" / "model.safetensors") for place in (".", "rl/usual", "rl/short")}
-    assert sums["rl/usual"] == sums["."] != sums["rl/short"]
+    assert " ".join(rows["other"][14:17]) == figures.cell([of("SFT + RL") - of("SFT")])
+    sums = {place: train.checksum(out / place / "sft" / "model.safetensors") for place in (".", "rl/usual", "rl/other")}
+    assert sums["rl/usual"] == sums["."] != sums["rl/other"]
     with Image.open(out / "figures" / "rl_more_velocity.png") as picture:
         assert picture.getextrema() != ((255, 255),) * 3
     before = {p: p.stat().st_mtime_ns for p in (out / "rl").rglob("model.safetensors")}
     figures.main(command)
     assert {p: p.stat().st_mtime_ns for p in (out / "rl").rglob("model.safetensors")} == before
-    (out / "rl" / "usual" / "sft" / "model.safetensors").write_bytes((out / "rl/short/sft/model.safetensors").read_bytes())
+    (out / "rl" / "usual" / "sft" / "model.safetensors").write_bytes((out / "rl/other/sft/model.safetensors").read_bytes())
     with pytest.raises(Problem, match="made from another sft"):
         figures.main(command)
 
