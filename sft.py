@@ -6,7 +6,8 @@ is trained with next-token cross-entropy on all of them. At inference it is give
 
 Choices where the paper is silent
 1. The softmax is over the 256 visual codes only: at inference text words are masked anyway.
-2. Codes enter in the order of their time steps, V_1 first.
+2. Codes enter in the order of their time steps, V_1 first. In reverse (three seeds) drift_error on iid clips is the same (+0.006
+   +- 0.014), lower on small balls (-0.21 +- 0.05) and higher on slow ones (+0.08 +- 0.03).
 3. Clips are tokenised once, before training. They are a few bytes each: 32 K uint8.
 4. What the model itself will have said may be wrong, so what it reads in training is too. After the given frames, which are
    always true, a code is read as one of its three nearest (itself among them), and one in ten as any code; what is to be said
