@@ -102,16 +102,17 @@ def runs(config: Config) -> list[Path]:
     return folders
 
 
-def trained(run: Path, name: str, *but: str) -> list[str]:
-    """The flags with which the model of <run>/<name> was trained, where they are not defaults, but for some of them."""
-    path = run / name / "trained.json"
-    train.need(path.exists(), f"{run}/{name} is missing: make it with `python {train.script(name)} --out {run}`, and the --preset "
-               "that the folder has")
-    module = {"sft": sft, "grpo": grpo, "ddt": tokenizers}[name]
+def sft_settings(run: Path) -> dict:
+    """What a run's SFT model was trained with, where it is not a default."""
+    path = run / "sft" / "trained.json"
+    train.need(path.exists(), f"{run}/sft is missing: make it with `python sft.py --out {run}`, and the --preset that the folder has")
     was = json.loads(path.read_text())
-    usual = module.Config(**{"preset": was["preset"]} | module.PRESETS[was["preset"]])
-    return [text for key, value in was.items() if key not in but and (value != getattr(usual, key) or key == "preset")
-            for text in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+    usual = sft.Config(**{"preset": was["preset"]} | sft.PRESETS[was["preset"]])
+    return {key: value for key, value in was.items() if value != getattr(usual, key) or key == "preset"}
+
+
+def flags(settings: dict) -> list[str]:
+    return [text for key, value in settings.items() for text in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
 
 
 def copied(run: Path, place: Path, *names: str) -> Path:
@@ -292,14 +293,14 @@ def order(config: Config, folder: Path) -> str:
     """SFT on each run's tokenizer with the codes of a frame reversed, in <run>/reverse, against the run's own."""
     found: dict[str, list[list[Tensor]]] = {}
     for run in runs(config):
-        flags, ddt, turned = trained(run, "sft", "out"), load(run, "ddt"), run / "reverse"
+        settings, ddt, turned = sft_settings(run), load(run, "ddt"), run / "reverse"
         own = ddt.config.order
         ddt.config.order = {"forward": "reverse", "reverse": "forward"}[own]
         if not (turned / "ddt" / "model.safetensors").exists():
             ddt.save(train.writable(turned / "ddt"))
         train.need(torch.equal(load(turned, "ddt").quantizer.codebook, ddt.quantizer.codebook),
                    f"{turned} was made from another ddt than {run} now holds: delete it, it is made again")
-        sft.main(flags + ["--out", str(turned)])                                  # what is done it does not do again
+        sft.main(flags(settings | {"out": turned}))                               # what is done it does not do again
         for place, name in ((run, own), (turned, ddt.config.order)):
             for scenario, splits in evaluated(place).items():
                 found.setdefault(f"{scenario}, {name}", []).append(
@@ -405,9 +406,8 @@ def ablation(config: Config, folder: Path) -> str:
             c.seed, c.out = seed, str(out / "ablation" / run)
             of = dataclasses.asdict(c) | {"out": "", "clips measured": config.clips, "VAE": train.checksum(vae) if c.vae else ""}
             if done.get(run, {}).get("of") != of:
-                flags = [text for field in dataclasses.fields(c) if getattr(c, field.name) != field.default
-                         for text in (f"--{field.name}", str(getattr(c, field.name)))]
-                tokenizers.main(flags + ["--fresh"] * (run in done))
+                settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if getattr(c, f.name) != f.default}
+                tokenizers.main(flags(settings) + ["--fresh"] * (run in done))
                 done[run] = {"of": of, "quality": quality(Path(c.out), config.clips)}
                 reward.write(path, done)
             rows.append(done[run]["quality"])
@@ -487,15 +487,12 @@ CHANGED = {"posttrain": "reward", "pretrain": "drift_error", "iid": "drift_error
 
 def another_policy(run: Path, name: str, change: dict, clips: int) -> Path:
     """<run>/rl/<name>: GRPO with a change, on the run's SFT model or on one of another length, and their rows of the table."""
-    change = dict(change)
-    length = ["--steps", str(change.pop("sft"))] if "sft" in change else []
-    flags = trained(run, "sft", "out", *["steps"] * bool(length))
-    place = copied(run, run / "rl" / name.replace(" ", "-"), "vae", "ddt", *["sft"] * (not length))
-    if length:
-        sft.main(flags + length + ["--out", str(place)])
-    seed = flags[flags.index("--seed"):][:2] if "--seed" in flags else []
-    changes = [text for key, value in change.items() for text in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
-    grpo.main(["--out", str(place), *seed, *changes])
+    change, settings = dict(change), sft_settings(run)
+    steps = change.pop("sft", 0)
+    place = copied(run, run / "rl" / name.replace(" ", "-"), "vae", "ddt", *["sft"] * (not steps))
+    if steps:
+        sft.main(flags(settings | {"steps": steps, "out": place}))
+    grpo.main(flags({"out": place, "seed": settings.get("seed", 0)} | change))
     for row, stage in (("SFT", "sft"), ("SFT + RL", "grpo")):                     # no stage looks at what it was trained on
         model, ddt = language_model(place, stage)
         reward.add_row(place / "results.json", row, sft.predictor(model, ddt), ["uniform"], ("pretrain",), clips,
@@ -542,11 +539,12 @@ SIZES = {"tiny": (60, 600, 6000), "small": (200, 2000, 20_000), "paper": (30_000
 def figure3(config: Config, folder: Path) -> str:
     """drift_error of SFT against the number of training clips of each motion, all on the run's tokenizer."""
     run, curves, seen = Path(config.out), {}, {}
-    flags, own = trained(run, "sft", "out", "clips"), json.loads((run / "sft" / "trained.json").read_text())["clips"]
+    settings = sft_settings(run)
+    own = settings.get("clips", sft.Config(**sft.PRESETS[settings["preset"]]).clips)
     for n in SIZES[config.preset]:
         place = run if n == own else copied(run, run / "clips" / str(n), "vae", "ddt")
         if place != run:
-            sft.main(flags + ["--out", str(place), "--clips", str(n)])
+            sft.main(flags(settings | {"clips": n, "out": place}))
         for scenario, splits in evaluated(place).items():
             for split in ("iid", "ood"):
                 mean, se = splits[split]["drift_error"], splits[split]["drift_error_se"]
