@@ -24,6 +24,7 @@ import argparse
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -108,28 +109,30 @@ def _mean(x: Tensor, where: Tensor) -> Tensor:
     return per_ball.nanmean(-1)                                                       # (B,)
 
 
-def _balls(frames: Tensor, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
-    """The clips' balls in frames (B, F, 3, H, W): see `detect`."""
+@dataclass
+class Compared:
+    """What is wrong with a clip's frames, pair by pair and frame by frame, whichever of them count."""
+    wrong: Tensor               # (B, P, N, 2)  v - v^, at most MISSING long; 0 where a ball was not found
+    seen: Tensor                # (B, P, N)     it was found, in both frames
+    wrong_speed: Tensor         # (B, P, N)     |v - v^|, at most MISSING, which it also is where a ball was not found
+    wrong_radius: Tensor        # (B, F, N)     |r - r^|, likewise with RADIUS_MISSING
+    found: Tensor               # (B, F, N)
+
+
+def _compare(frames: Tensor, clips: Clips) -> Compared:
+    """Frames (B, F, 3, H, W) with the clips they should show."""
     if frames.shape[:2] != (len(clips), FRAMES):
         raise ValueError(f"{len(clips)} clips of {FRAMES} frames are compared with frames of shape "
                          f"{tuple(frames.shape)}")
-    return detect(frames, clips.radius.shape[1])
-
-
-def _wrong(balls: tuple[Tensor, Tensor, Tensor], clips: Clips) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """
-    v - v^ (B, P, N, 2), at most MISSING long and 0 where a ball was not found; whether it was, in both frames (B, P, N);
-    |v - v^| (B, P, N) and |r - r^| (B, F, N), MISSING and RADIUS_MISSING at most and where it was not.
-    """
-    center, radius, found = balls                                                     # (B, F, N, 2), (B, F, N) twice
+    center, radius, found = detect(frames, clips.radius.shape[1])                     # (B, F, N, 2), (B, F, N) twice
     seen = found[:, 1:] & found[:, :-1]                                               # (B, P, N)
     wrong = ((center.diff(dim=1) - clips.position.diff(dim=1)) / DT).float()          # (B, P, N, 2)
     wrong = torch.where(seen[..., None], wrong, 0)
     size = wrong.norm(dim=-1)                                                         # (B, P, N)
     wrong = wrong * (MISSING / size.clamp(min=MISSING))[..., None]                    # a wild jump is no worse than no ball
     wrong_radius = (radius - clips.radius[:, None].float()).abs().clamp(max=RADIUS_MISSING)
-    return (wrong, seen, torch.where(seen, size.clamp(max=MISSING), MISSING),
-            torch.where(found, wrong_radius, RADIUS_MISSING))
+    return Compared(wrong, seen, torch.where(seen, size.clamp(max=MISSING), MISSING),
+                    torch.where(found, wrong_radius, RADIUS_MISSING), found)
 
 
 def _valid(clips: Clips) -> Tensor:
@@ -137,15 +140,14 @@ def _valid(clips: Clips) -> Tensor:
     return clips.inside & (torch.arange(FRAMES, device=clips.inside.device) >= CONDITION)[:, None]
 
 
-def _measure(balls: tuple[Tensor, Tensor, Tensor], clips: Clips, after_impact: bool) -> dict[str, Tensor]:
-    wrong, seen, wrong_speed, wrong_radius = _wrong(balls, clips)
+def _measure(c: Compared, clips: Clips, after_impact: bool) -> dict[str, Tensor]:
     pairs, valid = _pairs(clips, after_impact), _valid(clips)                         # (B, P, N), (B, F, N)
     count = pairs.sum(1)                                                              # (B, N)
-    mean_wrong = torch.where((pairs & seen)[..., None], wrong, 0).sum(1) / count[..., None]
-    lost = (pairs & ~seen).sum(1) / count                                             # share of pairs without a ball
+    mean_wrong = torch.where((pairs & c.seen)[..., None], c.wrong, 0).sum(1) / count[..., None]
+    lost = (pairs & ~c.seen).sum(1) / count                                             # share of pairs without a ball
     drift_error = (mean_wrong.norm(dim=-1) + MISSING * lost).nanmean(-1)              # (B,)
-    return {"velocity_error": _mean(wrong_speed, pairs), "drift_error": drift_error,
-            "radius_error": _mean(wrong_radius, valid), "missing": _mean((~balls[2]).float(), valid)}
+    return {"velocity_error": _mean(c.wrong_speed, pairs), "drift_error": drift_error,
+            "radius_error": _mean(c.wrong_radius, valid), "missing": _mean((~c.found).float(), valid)}
 
 
 def errors(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
@@ -155,27 +157,25 @@ def errors(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
     Units per second, units per second, world units, share of frames without a ball. See the head of the file for what
     counts. NaN for a clip in which nothing does (its balls are never in view after the condition or the impact).
     """
-    return _measure(_balls(frames, clips), clips, after_impact=True)
+    return _measure(_compare(frames, clips), clips, after_impact=True)
 
 
-def _reward(balls: tuple[Tensor, Tensor, Tensor], clips: Clips) -> dict[str, Tensor]:
-    error = _measure(balls, clips, after_impact=False)
+def _reward(c: Compared, clips: Clips) -> dict[str, Tensor]:
+    error = _measure(c, clips, after_impact=False)
     velocity = ALPHA * torch.exp(-K * error["velocity_error"])
     mass = 1 - error["radius_error"]
     return {"reward": velocity + mass, "velocity": velocity, "mass": mass}
 
 
-def _ahead(balls: tuple[Tensor, Tensor, Tensor], clips: Clips, horizon: int) -> Tensor:
+def _ahead(c: Compared, clips: Clips, horizon: int) -> Tensor:
     """Eq. 5-7 of each frame and the horizon - 1 after it (B, F), with the pairs that end in them."""
-    _, _, wrong_speed, wrong_radius = _wrong(balls, clips)
-
     def window(x: Tensor, where: Tensor) -> Tensor:                                   # (B, F, N) -> (B, F)
         total, count = (pad(y, (0, 0, 0, horizon - 1)).unfold(1, horizon, 1).sum(-1)
                         for y in (torch.where(where, x, 0), where.float()))
         return (total / count).nanmean(-1)                                            # NaN: nothing counts
 
-    wrong_speed, pairs = (pad(x, (0, 0, 1, 0)) for x in (wrong_speed, _pairs(clips, after_impact=False)))     # (B, F, N)
-    return ALPHA * torch.exp(-K * window(wrong_speed, pairs)) + 1 - window(wrong_radius, _valid(clips))
+    wrong_speed, pairs = (pad(x, (0, 0, 1, 0)) for x in (c.wrong_speed, _pairs(clips, after_impact=False)))   # (B, F, N)
+    return ALPHA * torch.exp(-K * window(wrong_speed, pairs)) + 1 - window(c.wrong_radius, _valid(clips))
 
 
 def reward(frames: Tensor, clips: Clips, horizon: int = 0) -> dict[str, Tensor]:
@@ -186,8 +186,8 @@ def reward(frames: Tensor, clips: Clips, horizon: int = 0) -> dict[str, Tensor]:
     With a horizon also `ahead` (B, F): what the same formulas give for each frame and the horizon - 1 after it. NaN where
     none of them counts.
     """
-    balls = _balls(frames, clips)
-    return _reward(balls, clips) | ({"ahead": _ahead(balls, clips, horizon)} if horizon else {})
+    c = _compare(frames, clips)
+    return _reward(c, clips) | ({"ahead": _ahead(c, clips, horizon)} if horizon else {})
 
 
 # ------------------------------------------------------------------ evaluation
@@ -213,8 +213,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
         if frames.shape != truth.shape:
             raise ValueError(f"predict returned {tuple(frames.shape)}, expected {tuple(truth.shape)}")
         frames = sim.to_uint8(frames).float() / 255 if torch.isfinite(frames).all() else frames   # detect reports NaN
-        balls = _balls(frames, part)                                                  # found once, for both
-        for name, value in (_measure(balls, part, after_impact=True) | _reward(balls, part)).items():
+        c = _compare(frames, part)                                                    # once, for both
+        for name, value in (_measure(c, part, after_impact=True) | _reward(c, part)).items():
             collected.setdefault(name, []).append(value.cpu().double())
     result = {}
     for name, parts in collected.items():
