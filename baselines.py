@@ -9,7 +9,9 @@ A token says what is in its cell of the picture, not what a step of a diffusion 
 language model row by row. The convolutions are the VAE's of ddt.py. Choices where the paper is silent:
 
 1. Loss: squared error + commitment, without VQGAN's two others. A perceptual loss needs a network trained on photographs, and
-   there is nothing of them in a disc on white; a discriminator has not been tried.
+   there is nothing of them in a disc on white. A patch discriminator (hinge loss, VQGAN's adaptive weight times 0.5, in the last
+   1000 of 1500 steps; one run) made nothing better: centre error 0.059 against 0.053, velocity_error of iid reconstructions
+   0.82 +- 0.01 against 0.73 +- 0.02, drift_error the same.
 2. Quantization starts after a tenth of the training. A convolution depends on the picture from the first step, so that no
    more waiting is needed; and one linear layer serves all cells, for a ball looks the same in every one.
 
