@@ -144,7 +144,7 @@ def _measure(c: Compared, clips: Clips, after_impact: bool) -> dict[str, Tensor]
     pairs, valid = _pairs(clips, after_impact), _valid(clips)                         # (B, P, N), (B, F, N)
     count = pairs.sum(1)                                                              # (B, N)
     mean_wrong = torch.where((pairs & c.seen)[..., None], c.wrong, 0).sum(1) / count[..., None]
-    lost = (pairs & ~c.seen).sum(1) / count                                             # share of pairs without a ball
+    lost = (pairs & ~c.seen).sum(1) / count                                           # share of pairs without a ball
     drift_error = (mean_wrong.norm(dim=-1) + MISSING * lost).nanmean(-1)              # (B,)
     return {"velocity_error": _mean(c.wrong_speed, pairs), "drift_error": drift_error,
             "radius_error": _mean(c.wrong_radius, valid), "missing": _mean((~c.found).float(), valid)}
