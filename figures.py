@@ -355,9 +355,11 @@ def what_codes_say(model: DDT | VQGAN, scenario: str, kind: str, config: Config)
     labels = [f"{axis}{i + 1}" for i in range(N) for axis in "xy"] + [f"r{i + 1}" for i in range(N)]
     codes = in_chunks(model.encode, frames)                                       # (n, K)
     again = in_chunks(lambda c: model.encode(model.decode(c, generator=seeded())), codes)
+    near = sft.neighbours(model.quantizer.codebook, 5)[codes]                     # (n, K, 5), the code itself the first
     rows = carried(codes, attributes)
-    lines = [f"\n{scenario}, {kind}: {len(codes.unique())} codes in use, at most {sum(r['bits'] for r in rows):.1f} bits a frame, "
-             f"encode(decode(codes)) keeps {(again == codes).double().mean():.1%} of the codes",
+    lines = [f"\n{scenario}, {kind}: {len(codes.unique())} codes in use, at most {sum(r['bits'] for r in rows):.1f} bits a frame; "
+             f"encode(decode(codes)) keeps {(again == codes).double().mean():.1%} of the codes, makes of "
+             f"{(again[..., None] == near[..., 1:]).any(-1).double().mean():.1%} one of their four nearest",
              "token   codes  perplexity    bits   variance explained: " + "  ".join(f"{label:>5s}" for label in labels)]
     return "\n".join(lines + [f"{k + 1:5d}{r['codes']:8d}{r['perplexity']:12.1f}{r['bits']:8.2f}" + " " * 22 +
                               "  ".join(f"{x:5.2f}" for x in r["explained"]) for k, r in enumerate(rows)])
@@ -404,7 +406,7 @@ def ablation(config: Config, folder: Path) -> str:
         for seed in SEEDS:
             run = f"{name}-{seed}".replace(" ", "-").replace(",", "")
             c.seed, c.out = seed, str(out / "ablation" / run)
-            of = dataclasses.asdict(c) | {"out": "", "clips measured": config.clips, "VAE": train.checksum(vae) if c.vae else ""}
+            of = dataclasses.asdict(c) | {"out": "", "vae": train.checksum(vae) if c.vae else "", "clips measured": config.clips}
             if done.get(run, {}).get("of") != of:
                 settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if getattr(c, f.name) != f.default}
                 tokenizers.main(flags(settings) + ["--fresh"] * (run in done))

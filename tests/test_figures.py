@@ -6,6 +6,7 @@ Tables and figures: what they measure, and the commands on two small tokenizers.
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,6 +284,22 @@ def test_reading():
     guess = (truth - truth.mean()).abs().mean().item()
     assert figures.reading(Stub(blind=True), "uniform", 400, steps=100) == pytest.approx(guess, rel=0.15)
     assert figures.reading(Stub(blind=False), "uniform", 2000, steps=300) < 0.5 * guess
+
+
+@pytest.mark.parametrize("shift, kept, near", [(0, "100.0%", "0.0%"), (1, "0.0%", "100.0%"), (3, "0.0%", "0.0%")])
+def test_codes_that_come_back(shift, kept, near):
+    """One token, the ball's x in steps of 0.04 units on a ring of 256 codes, decoded to a ball that is `shift` steps off."""
+    angle = torch.arange(256) * 2 * math.pi / 256
+    model = Stub(blind=False)
+    model.quantizer = SimpleNamespace(codebook=torch.stack([angle.cos(), angle.sin()], 1))
+    model.encode = lambda frames: (figures.reward.detect(frames[:, None], 1)[0][:, 0, 0, :1] * 25).round().long().clamp(0, 255)
+
+    def decode(codes, generator):
+        position = torch.stack([(codes + shift) / 25, torch.full(codes.shape, 5.0)], -1)                  # (n, 1, 2)
+        return figures.sim.render(position[:, None], torch.full(codes.shape, 0.6), 32)[:, 0]
+    model.decode = decode
+    text = figures.what_codes_say(model, "uniform", "stub", figures.Config(clips=1))
+    assert f"keeps {kept} of the codes" in text and f"makes of {near} one of" in text
 
 
 def test_carried():
