@@ -172,14 +172,17 @@ def train_vqgan(config: VQGANConfig, world: train.World) -> VQGAN:
             if step >= config.quantize_at * config.steps and not q.active:
                 rows = world.share(train.rows(config.seed, step, 16 * config.batch, len(data)))
                 with torch.no_grad():
-                    q.fill(torch.cat([q.vectors(vqgan.vectors(data[part])) for part in rows.split(config.batch)]).flatten(0, 1))
+                    found = [q.vectors(vqgan.vectors(data[part])) for part in rows.split(at_a_time(world.device))]
+                q.fill(torch.cat(found).flatten(0, 1))
             with world.autocast():
                 result = model(data[world.share(train.rows(config.seed, step, config.batch, len(data)))], variance)
             if run.update(model, [result["loss"].sum() / config.batch]):
                 q.update(result["vectors"].flatten(0, 1), result["codes"].flatten())
-            run.log(**{name: train.total(result[name].sum()) / config.batch for name in ("mse", "commitment")}, **q.usage())
+            errors = {name: train.total(result[name].sum()) / config.batch for name in ("mse", "commitment")}
+            run.log(**errors, **q.usage(result["codes"].flatten()))
     if world.is_main:
-        reward.drop_rows(folder.parent / "results.json", "VQGAN")
+        speak = ("SFT", "SFT + RL") if "vqgan" in reward.read(folder.parent / "sft" / "made_of.json") else ()     # its tokens
+        reward.drop_rows(folder.parent / "results.json", "VQGAN", *speak)
     train.finish(folder, vqgan.save, config, vqgan, world)
     return vqgan.eval().requires_grad_(False)
 

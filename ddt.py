@@ -15,18 +15,17 @@ Differences from the paper, and choices where it is silent
    through the noise until t is about 0.95; with uniform t the decoder never needs the tokens and they collapse to one code.
 2. Decoding is one call at t = 1 with all tokens. Euler steps are there too (`steps=`), but as sampling goes on the prefix
    shrinks and later calls know less than the first.
-3. Quantization starts late, when the encoder says where the ball is. Until then the decoder gets the continuous vectors.
-   At step 0 they do not depend on the picture, and a codebook filled from them is worth nothing.
+3. Quantization starts late, after a share of the steps by which the encoder should say where the ball is. Until then the
+   decoder gets the continuous vectors. At step 0 they do not depend on the picture, and a codebook filled from them is worth
+   nothing.
 4. A token of `tiny` and `small` is an angle. Its vector has 3 dimensions; LayerNorm leaves of them a zero mean (a plane) and
    one length (a circle in it), and around that stand the 256 codes. (`paper` keeps 16 dimensions.) A token that has no room
-   for two things says one: in one run the first explains 99 % of the variance of x, the second 84 % and the third 48 % of
-   that of y, the fourth 73 % of the radius's. Median centre error on iid clips, seeds 1 and 2: eight tokens of 16 dimensions
-   0.054 and 0.056, four angles 0.036 and 0.023; eight angles 0.016 (seed 2). Yet four are read better: the spare ones of eight
-   are verniers, that go round several times while the ball crosses the view, and the language model derails on them (SFT of
-   2000 steps, seed 2: drift_error 0.39 on iid clips and 6.5 on small balls, with four 0.34 and 1.3; their VAEs differ, too).
-   The price: out of the range of sizes an angle says less than a code of its own did. SFT's drift_error on iid clips fell
-   from 0.29 and 0.32 (seeds 0, 1; 16 dimensions) to 0.29 and 0.24 (seeds 1, 2), but rose on small balls from 0.6 to 2.1 and
-   1.2, on large ones from 0.6 and 0.7 to 1.4 and 1.1.
+   for two things says one, and the ball is found more exactly: median centre error 0.036 and 0.023 with four angles, 0.054
+   and 0.056 with eight tokens of 16 dimensions (seeds 1, 2). Eight angles are more exact still (0.016, seed 2), but the spare
+   ones go round several times while the ball crosses the view, like the hand of a clock, and the language model derails on
+   them: drift_error on iid clips 0.39 with eight, 0.34 with four (SFT of 2000 steps, seed 2; their VAEs differ, too).
+   The price of angles: out of the range of sizes they say less than codes that stand free. With four angles SFT's drift_error
+   was two to three times as large on small balls as with eight tokens of 16 dimensions, on large ones 1.5 to 2 times.
 5. Against tokens that all say the same: (a) each token has linear layers of its own into and out of its code; (b) from when
    the error at pure noise leaves its plateau until quantization, the continuous vectors get noise; (c) from the same moment
    to the end, a small term (`crowding`) keeps the vectors of one token apart, so that it uses all of the circle. Measured in
@@ -38,6 +37,8 @@ Differences from the paper, and choices where it is silent
    training range alone it loses small balls (30 % missing, against 1 to 3 %).
 7. In the encoder the latent attends to itself only and the queries to both ("unified-direction").
 8. q and k are RMS-normalised before attention (as SD3 does for large pictures): bf16 stays stable.
+9. Vectors pass a LayerNorm before they are normalised: without it all share a large mean and fall to one code. The commitment is
+   a mean over tokens, times 0.25; the paper writes a sum and names no weight.
 
     python ddt.py                       # trains what is missing in runs/tiny: vae/, then ddt/
     python ddt.py --steps 8000          # any field of Config is a flag
@@ -113,7 +114,7 @@ class Config:
     batch: int = 64
     micro: int = 0              # frames per backward pass and rank, here and in the VAE's training; 0: all at once
     lr: float = 1.5e-3
-    warmup: int = 800           # long: with 100 steps to 2e-3 the plateau took 900 to 1500 steps, so it takes 500
+    warmup: int = 800           # long: with 100 steps to 2e-3 the plateau took 900 to 1500 steps, so it takes 570 to 780
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
@@ -133,7 +134,7 @@ PRESETS = {
                   steps=8000, batch=256, lr=8e-4, warmup=1000, eval_clips=64),
     "paper": dict(scenario="all", clips=3_000_000, size=128, queries=16, code_dim=16, token_noise=0.2, patch=1,
                   image_width=128, query_width=256, encoder_layers=12, width=512, layers=12, heads=8,
-                  steps=140_000, batch=1024, lr=1e-4, warmup=5000, clip=0.0, eval_clips=1000),
+                  steps=140_000, batch=1024, lr=1e-4, warmup=5000, eps=1e-6, clip=0.0, eval_clips=1000),
 }
 EXPECTED = {"tiny": "8 to 15 minutes on 2 CPU cores (VAE 1 to 2, DDT 6 to 12).", "small": "Not run yet.", "paper": "Not run yet."}
 
@@ -305,19 +306,20 @@ class VAE(nn.Module):
         not finite or does not fit.
         """
         config, tensors = load_folder(folder, VAE_WEIGHTS)
+        config.setdefault("scaling_factor", 0.18215)                # SD1's: its first files do not name it
         for key, ours in VAE_ALWAYS.items():
             value = config.get(key, ours)
-            if value != ours and not (isinstance(value, list) and set(value) == {ours}):
+            if value != ours and not (isinstance(value, list) and value and all(v == ours for v in value)):
                 raise train.Problem(f"{folder}/config.json: {key} is {value}; only an AutoencoderKL with {ours} can be read")
         scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0
-        if not (isinstance(scale, (int, float)) and isinstance(shift, (int, float)) and 0 < scale < math.inf):
+        if not (isinstance(scale, (int, float)) and 0 < scale < math.inf and isinstance(shift, (int, float)) and math.isfinite(shift)):
             raise train.Problem(f"{folder}/config.json: scaling_factor {scale!r}, shift_factor {shift!r} are not numbers, the "
                                 "first of them above 0")
         tensors = {re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: m[1] + VAE_OLD_NAMES[m[2]], name): x
                    for name, x in tensors.items()}
         try:
             vae = cls(config)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise train.Problem(f"{folder}/config.json is not that of an AutoencoderKL ({error})") from None
         train.load_state(vae, tensors, Path(folder))
         return vae.eval().requires_grad_(False)
@@ -375,7 +377,7 @@ def crowding(z: Tensor, others: Tensor) -> Tensor:
 class EMAVectorQuantizer(nn.Module):
     """
     Nearest of N codes by cosine similarity; the codes follow the vectors they are matched with (EMA, van den Oord et al.
-    2017, appendix A.1). Statistics are summed over ranks, so that the codebooks stay identical. All in fp32.
+    2017, appendix A.1). Statistics are summed over ranks, so that the codebooks stay identical. No autocast.
     """
 
     def __init__(self, project: nn.Module, codes: int = 256, dim: int = 16, decay: float = 0.95, dead_below: float = 0.2):
@@ -395,7 +397,7 @@ class EMAVectorQuantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Unit vectors (..., dim) -> index of the most similar code (...)."""
-        return (z.double() @ self.codebook.T.double()).argmax(-1)     # no tf32: near ties must not depend on the device
+        return (z.double() @ self.codebook.T.double()).argmax(-1)     # neighbours on a circle: 3e-4 apart; tf32 rounds at 5e-4
 
     def forward(self, x: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
@@ -441,7 +443,10 @@ class EMAVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def fill(self, z: Tensor) -> None:
-        """Starts quantizing: codes are random encoder vectors of z (n, dim), followed by 10 k-means rounds."""
+        """
+        Starts quantizing: codes are random encoder vectors of z (n, dim), followed by 10 k-means rounds. z may be larger than
+        the batches of `update` to come: until its counts have decayed the codes move slowly, and none is taken for dead.
+        """
         n = over_ranks(torch.tensor(float(len(z)), device=z.device))
         self.place(torch.ones_like(self.count, dtype=torch.bool), self.random_vectors(z), n / len(self.codebook))
         self.active.fill_(True)
@@ -450,11 +455,16 @@ class EMAVectorQuantizer(nn.Module):
             self.update(z, self.nearest(z))
         self.decay = decay
 
-    def usage(self) -> dict[str, float]:
-        """Codes with more than a tenth of the uniform share of matches, and the perplexity of the shares."""
-        use = self.count / self.count.sum()
-        return {"codes_used": int((use > 0.1 / len(use)).sum()) if self.active else 0,
-                "perplexity": math.exp(-(use * (use + 1e-9).log()).sum()) if self.active else 0.0}
+    def usage(self, codes: Tensor) -> dict[str, float]:
+        """
+        Distinct codes among those of a step (n,) and of all ranks, and the perplexity of their shares; 0 before `fill`. (`count`
+        would not do: revival keeps it up.) Of the 256 codes of a step of `tiny`, about 160 are distinct if all are in use.
+        """
+        if not self.active:
+            return {"codes_used": 0, "perplexity": 0.0}
+        count = over_ranks(torch.bincount(codes, minlength=len(self.codebook)).float())
+        use = count / count.sum()
+        return {"codes_used": int((count > 0).sum()), "perplexity": math.exp(torch.special.entr(use).sum())}
 
 
 # ------------------------------------------------------------------ transformers
@@ -640,7 +650,8 @@ class DDT(nn.Module):
         x_t = t[:, None, None, None] * noise + (1 - t[:, None, None, None]) * latent
         mse = (self.decoder(x_t, t, tokens, k) - latent).square().mean((1, 2, 3))
         loss = mse + self.config.commitment * commitment
-        crowd = crowding(z, of_all_ranks(z) if others is None else others)
+        with torch.autocast(z.device.type, enabled=False):      # in bf16, near vectors are one
+            crowd = crowding(z, of_all_ranks(z) if others is None else others)
         if self.past_plateau:
             loss = loss + self.config.spread * crowd
         return {"loss": loss, "mse": mse, "commitment": commitment, "crowding": crowd, "codes": codes, "vectors": z.detach()}
@@ -712,6 +723,7 @@ def load_folder(folder, name: str) -> tuple[dict, dict[str, Tensor]]:
         config = json.loads(Path(folder, "config.json").read_text())
     except (OSError, ValueError) as error:
         raise train.Problem(f"cannot read {Path(folder, 'config.json')} ({error}): is {folder} the right folder?")
+    train.need(isinstance(config, dict), f"{Path(folder, 'config.json')} holds no settings: is {folder} the right folder?")
     return config, train.read_safetensors(Path(folder, name))[0]
 
 
@@ -831,8 +843,20 @@ def foreign_vae(config: Config, world: train.World) -> VAE:
     train.wait(world)                   # every rank has looked before one writes
     if world.is_main and not there:
         vae.save(folder)
+        reward.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
     train.wait(world)
     return vae
+
+
+def own_vae(config: Config, world: train.World) -> VAE:
+    """The VAE of <out>, which must be the one that the flags describe."""
+    folder = Path(config.out, "vae")
+    was = reward.read(folder / "trained.json")
+    asked = {k: v for k, v in dataclasses.asdict(config).items() if k.startswith("vae_") or k in ("seed", "scenario", "clips", "size")}
+    changed = [f"{k} was {was[k]}, is {v}" for k, v in asked.items() if was.get(k, v) != v]
+    train.need(not changed, f"{folder} was trained with another configuration ({'; '.join(changed[:4])}): restore that, choose "
+               f"another --out, name it with --vae {folder} to take it as it is, or train it again with --fresh")
+    return VAE.load(folder).to(world.device)
 
 
 class AutoencoderLoss(nn.Module):
@@ -883,7 +907,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
 
     @torch.no_grad()
     def vectors(x0: Tensor) -> Tensor:                      # what the quantizer gets, of a whole share
-        return torch.cat([ddt.quantizer.vectors(ddt.encoder(x)) for x in x0.tensor_split(parts)])
+        with world.autocast():
+            return torch.cat([ddt.quantizer.vectors(ddt.encoder(x)) for x in x0.tensor_split(parts)])
 
     def losses(results: list, others: Tensor | None, *batch: Tensor) -> Iterator[Tensor]:
         for part in zip(*(x.tensor_split(parts) for x in batch)):
@@ -905,7 +930,10 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             u, noise, token_noise = (world.share(x).to(device) for x in (u, noise, token_noise))
             if step >= config.quantize_at * config.steps and not ddt.quantizer.active:
                 rows = world.share(train.rows(config.seed, step, 16 * B, len(data)))
-                ddt.quantizer.fill(vectors(torch.cat([ddt.latent(data[part]) for part in rows.split(B)])).flatten(0, 1))
+                ddt.quantizer.fill(vectors(torch.cat([ddt.latent(data[i]) for i in rows.split(at_a_time(device))])).flatten(0, 1))
+                if not ddt.past_plateau:
+                    world.say(f"step {step}: quantization starts, but the error at pure noise is still {ddt.noise_mse:.2f}: the "
+                              "tokens say little. Give it more --steps, a later --quantize_at, or another --seed")
             results: list[dict[str, Tensor]] = []           # of each part
             others = of_all_ranks(vectors(x0)) if parts > 1 else None
             taken = run.update(model, losses(results, others, x0, u, noise, token_noise), parts)
@@ -916,7 +944,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                 ddt.quantizer.update(result["vectors"].flatten(0, 1), result["codes"].flatten())
                 ddt.noise_mse.lerp_(at_noise[0] / at_noise[1].clamp(min=1), 0.05 if at_noise[1] else 0)
             run.log(mse=train.total(result["mse"].sum()) / B, mse_noise=ddt.noise_mse,
-                    commitment=train.total(result["commitment"].sum()) / B, **ddt.quantizer.usage())
+                    commitment=train.total(result["commitment"].sum()) / B, **ddt.quantizer.usage(result["codes"].flatten()))
     if world.is_main:
         reward.drop_rows(folder.parent / "results.json", "DDT", "SFT", "SFT + RL")
     train.finish(folder, ddt.save, config, ddt, world)
@@ -924,8 +952,11 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
 
 
 def at_a_time(device) -> int:
-    """Frames per call when there are thousands: on the CPU as many as its cache holds (2.7 times faster than 512)."""
-    return 64 if torch.device(device).type == "cpu" else 1024
+    """
+    Frames per call when there are thousands: on the CPU as many as its cache holds (2.7 times faster than 512), on a GPU such
+    that SD3's VAE needs 6 GiB for 128 x 128 pixels (256 channels of fp32, three maps at once).
+    """
+    return 64 if torch.device(device).type == "cpu" else 128
 
 
 def reconstruction(model: VAE | DDT) -> Callable[[Tensor], Tensor]:
@@ -1001,9 +1032,10 @@ def main(argv: list[str] | None = None) -> None:
     train.need(c.token_noise >= 0, f"--token_noise {c.token_noise}: a standard deviation, at least 0")
     train.need(c.vae or c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, what VAE and patches shrink it by")
     train.need(c.vae_width % 8 == 0, f"--vae_width {c.vae_width}: must be a multiple of 8 (its norms have 8 groups)")
-    train.need(c.query_width % c.heads == 0 and c.width % (4 * c.heads) == 0 and c.image_width % 4 == 0,
-               f"--query_width {c.query_width} and --width {c.width} must divide by --heads {c.heads}, "
-               f"--width and --image_width {c.image_width} by 4")
+    train.need(c.shift > 0, f"--shift {c.shift}: must be above 0; 1 leaves time as it is")
+    train.need(c.query_width % c.heads == 0, f"--query_width {c.query_width}: must be a multiple of --heads {c.heads}")
+    train.need(c.width % (4 * c.heads) == 0, f"--width {c.width}: must be a multiple of 4 times --heads {c.heads}")
+    train.need(c.image_width % 4 == 0, f"--image_width {c.image_width}: must be a multiple of 4")
     if c.plan:
         return train.show_plan(plan, c)
     train.need(c.preset != "paper" or c.vae or has_vae, "the paper's tokenizer stands on a pre-trained VAE: name the folder "
@@ -1013,13 +1045,16 @@ def main(argv: list[str] | None = None) -> None:
     out = train.writable(Path(c.out))
     train.occupy(out, world)
     if c.fresh:
-        train.discard(out / "vae")
+        if c.vae:
+            VAE.load(c.vae)             # nothing is deleted for one that cannot be read
+        if not c.vae or Path(c.vae).resolve() != (out / "vae").resolve():
+            train.discard(out / "vae")
         train.discard(out / "ddt")
         Path(out, "ddt", "reconstruction.png").unlink(missing_ok=True)
     if c.vae:
         vae = foreign_vae(c, world)
     elif has_vae:
-        vae = VAE.load(out / "vae").to(world.device)
+        vae = own_vae(c, world)
     else:
         vae = train_vae(c, world)
     if train.is_trained(out / "ddt", "model.safetensors", c, world):

@@ -512,13 +512,17 @@ def writable(folder: Path) -> Path:
 
 
 def occupy(folder: Path, world: World) -> None:
-    """One training at a time in a run folder: two would overwrite each other's checkpoints. Freed when the process ends."""
+    """
+    One training at a time in a run folder: two would overwrite each other's checkpoints. Freed when the process ends. All ranks
+    call it, and none goes on before the folder is known to be free.
+    """
     if world.is_main and str(folder) not in _occupied:
         _occupied[str(folder)] = file = open(folder / ".lock", "w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Problem(f"another process is training in {folder}: stop it, or choose another --out") from None
+    wait(world)
 
 
 _occupied: dict[str, object] = {}

@@ -148,6 +148,17 @@ def test_vae_of_half_precision_files_is_fp32(tmp_path):
     torch.testing.assert_close(vae.moments(expected["image"])[0], expected["latent"], atol=2e-2, rtol=0)
 
 
+def test_the_first_files_of_sd1_name_no_scale(tmp_path):
+    folder = copied("vae-sd1", tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["scaling_factor"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert VAE.load(folder).config["scaling_factor"] == 0.18215
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(Problem, match="holds no settings"):
+        VAE.load(folder)
+
+
 def without(name):
     return lambda tensors: {k: x for k, x in tensors.items() if k != name}
 
@@ -166,9 +177,13 @@ BIAS = "encoder.mid_block.attentions.0.to_q.bias"
     (dict, {"act_fn": "relu"}, "act_fn"), (dict, {"mid_block_add_attention": False}, "mid_block_add_attention"),
     (dict, {"_class_name": "VQModel"}, "VQModel"), (dict, {"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
     (dict, {"block_out_channels": 8}, "config.json"), (dict, {"norm_num_groups": 3}, "config.json"),
-    (dict, {"scaling_factor": "big"}, "scaling_factor"), (dict, {"scaling_factor": 0}, "scaling_factor")],
+    (dict, {"scaling_factor": "big"}, "scaling_factor"), (dict, {"scaling_factor": 0}, "scaling_factor"),
+    (dict, {"shift_factor": math.nan}, "shift_factor"), (dict, {"norm_num_groups": 0}, "config.json"),
+    (dict, {"block_out_channels": []}, "config.json"), (dict, {"latent_channels": -1}, "config.json"),
+    (dict, {"down_block_types": [["DownEncoderBlock2D"]]}, "down_block_types")],
     ids=["missing", "unexpected", "shape", "NaN", "no quant conv", "latent channels", "activation", "no attention", "class",
-         "blocks", "channels", "groups", "scale is text", "scale is 0"])
+         "blocks", "channels", "groups", "scale is text", "scale is 0", "shift is NaN",
+         "no groups", "no channels", "negative channels", "nested blocks"])
 def test_a_vae_that_does_not_fit(change, fields, culprit, tmp_path):
     with pytest.raises(Problem) as problem:
         VAE.load(copied("vae-sd1", tmp_path, change, **fields))
@@ -409,6 +424,19 @@ def test_fill_uses_every_code():
     assert used_before < 16 and torch.equal(q.nearest(z).unique(), torch.arange(32))
     assert distance() < 0.1 * before
     torch.testing.assert_close(q.codebook.norm(dim=-1), torch.ones(32))
+
+
+def test_usage_falls_when_codes_do():
+    """Two vectors use two codes, though revival keeps the others' counts up."""
+    q = quantizer(codes=32, dim=4, active=False)
+    z = F.normalize(torch.randn(400, 4, generator=seeded(3)), dim=-1)
+    assert q.usage(q.nearest(z)) == {"codes_used": 0, "perplexity": 0.0}
+    q.fill(z)
+    assert q.usage(q.nearest(z))["codes_used"] == 32
+    two = z[:2].repeat_interleave(torch.tensor([300, 100]), 0)
+    for _ in range(50):
+        q.update(two, q.nearest(two))
+    assert q.usage(q.nearest(two)) == {"codes_used": 2, "perplexity": pytest.approx(0.75 ** -0.75 * 0.25 ** -0.25)}
 
 
 def test_crowding():

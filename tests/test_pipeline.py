@@ -163,6 +163,31 @@ def test_a_vae_of_diffusers(tmp_path, monkeypatch):
     with pytest.raises(Problem, match="nowhere"):
         ddt.main(["--out", str(tmp_path / "new"), *DDT, "--vae", str(tmp_path / "nowhere")])
 
+    def row(name):
+        return json.loads((tmp_path / "results.json").read_text())[name]["uniform"]["iid"]
+    before = weights(tmp_path / "ddt"), row("VAE")
+    with pytest.raises(Problem, match="nowhere"):
+        ddt.main(["--out", str(tmp_path), *DDT, "--fresh", "--vae", str(tmp_path / "nowhere")])
+    same(weights(tmp_path / "ddt"), before[0])                                    # a slip of the pen deletes nothing
+    ddt.main(["--out", str(tmp_path), *DDT, "--fresh", "--vae", str(tmp_path / "vae")])
+    same(weights(tmp_path / "vae"), load_file(sd3 / "diffusion_pytorch_model.safetensors"))
+    same(weights(tmp_path / "ddt"), before[0])
+    assert row("VAE") == before[1]
+    ddt.main(["--out", str(tmp_path), *DDT, "--fresh", "--vae", str(sd1)])
+    same(weights(tmp_path / "vae"), load_file(sd1 / "diffusion_pytorch_model.safetensors"))
+    assert row("VAE") != before[1]
+
+
+def test_a_vae_of_other_flags(finished, tmp_path):
+    """A VAE that is there already must be the one that is asked for, or be named."""
+    shutil.copytree(finished / "vae", tmp_path / "vae")
+    for flags, culprit in ((["--vae_steps", "5"], "vae_steps was 4, is 5"), (["--seed", "3"], "seed was 0, is 3"),
+                           (["--scenario", "collision"], "scenario was uniform, is collision")):
+        with pytest.raises(Problem, match=culprit):
+            ddt.main(["--out", str(tmp_path), *DDT, *flags])
+    ddt.main(["--out", str(tmp_path), *DDT, "--seed", "3", "--vae", str(tmp_path / "vae")])
+    same(weights(tmp_path / "vae"), weights(finished / "vae"))
+
 
 def test_another_tokenizer(tmp_path, monkeypatch):
     """The stages run on VQGAN's tokens as on DDT's, and its file is what they are made of."""
