@@ -874,13 +874,17 @@ class AutoencoderLoss(nn.Module):
 
 
 def planned(config: Config) -> DDT:
-    """The tokenizer on the meta device; that of `paper` with SD3's VAE."""
+    """The tokenizer on the meta device, with the VAE of --vae; that of `paper` without the flag with SD3's."""
+    known = VAE.load(config.vae).config if config.vae else SD3 if config.preset == "paper" else None
     with torch.device("meta"):
-        return DDT(config, VAE(SD3) if config.preset == "paper" else small_vae(config))
+        return DDT(config, VAE(known) if known else small_vae(config))
 
 
 def plan(config: Config, ranks: int) -> train.Plan:
-    """Memory and work of train_ddt. `measure` runs the models on the meta device."""
+    """
+    Memory of train_ddt and of train_vae, whichever needs more, and the work of train_ddt. `measure` runs the models on the meta
+    device.
+    """
     rows, ddt = train.rows_at_once(config.batch, ranks, config.micro), planned(config)
     with torch.device("meta"):
         frames = torch.zeros(rows, 3, config.size, config.size)
@@ -888,7 +892,14 @@ def plan(config: Config, ranks: int) -> train.Plan:
         tokens, u = torch.zeros(rows, config.queries, config.code_dim), torch.zeros(rows)
     passes = [train.measure(lambda: ddt.encoder(latent), ddt), train.measure(lambda: ddt.decoder(latent, u, tokens, u), ddt)]
     flops = train.measure(lambda: ddt.latent(frames), ddt)[0] + 3 * sum(flops for flops, _ in passes)
-    return train.Plan(train.training_memory(ddt, ranks), {"activations": sum(kept for _, kept in passes)},
+    passing = {"activations": sum(kept for _, kept in passes)}
+    if not config.vae and config.preset != "paper":
+        n = train.rows_at_once(config.vae_batch, ranks, config.micro)
+        with torch.device("meta"):
+            loss_of = AutoencoderLoss(small_vae(config))
+            images, noise = torch.zeros(n, 3, config.size, config.size), torch.zeros(n, *latent.shape[1:])
+        passing["activations of the VAE's training"] = train.measure(lambda: loss_of(images, noise), loss_of)[1]
+    return train.Plan(train.training_memory(ddt, ranks), passing,
                       config.batch * config.queries, flops * config.batch / rows)
 
 

@@ -834,10 +834,10 @@ def show_plan(plan: Callable[..., Plan], config) -> None:
     p = plan(config, ranks)
     print(f"{config.preset}, {ranks} rank{'s' * (ranks > 1)}: GiB on each\n")
     for name, size in p.fixed.items():
-        print(f"  {name:32s} {size / GIB:9.2f}")
+        print(f"  {name:35s} {size / GIB:9.2f}")
     for name, size in p.passing.items():
-        print(f"  {name:32s} {size / GIB:9.2f}" + ("  (at another time)" if size != max(p.passing.values()) else ""))
-    print(f"  {'at the peak':32s} {p.total / GIB:9.2f}\n")
+        print(f"  {name:35s} {size / GIB:9.2f}" + ("  (at another time)" if size != max(p.passing.values()) else ""))
+    print(f"  {'at the peak':35s} {p.total / GIB:9.2f}\n")
     print(f"{config.steps} steps of {p.tokens:.3g} tokens and {p.flops:.3g} FLOPs (matrix products), in all {config.steps * p.tokens:.3g} "
           f"tokens, {config.steps * p.flops:.3g} FLOPs.\nHours if {UTILISATION:.0%} of a card's FLOP/s are reached, decoding bound by memory:")
     for card, (memory, *_) in CARDS.items():

@@ -19,8 +19,8 @@ from torch import nn
 
 import sim
 import train
-from ddt import (DDT, PRESETS, VAE, Config, EMAVectorQuantizer, Frames, MMDiT, TokenLinear, crowding, of_all_ranks, patchify,
-                 unpatchify)
+from ddt import (DDT, PRESETS, VAE, AutoencoderLoss, Config, EMAVectorQuantizer, Frames, MMDiT, TokenLinear, crowding, of_all_ranks,
+                 patchify, plan, unpatchify)
 from ddt import VAE_WEIGHTS as WEIGHTS
 from ddt import small_vae as autoencoder
 from train import Problem
@@ -631,6 +631,24 @@ def test_presets_have_the_parameters_the_comment_says(preset, millions):
     assert count[2] == (P + 1) * D + K * (c.code_dim + 1) * D + K * D + 257 * D + (D + 1) * D + (D + 1) * 2 * D + (D + 1) * P \
         + (2 * c.layers - 1) * parameters_of_a_stream(D, D, D) + parameters_of_a_stream(D, D, D, last=True)
     assert len(model.encoder.position) == len(model.decoder.position) == {"tiny": 16, "small": 64, "paper": 256}[preset]
+
+
+def test_plan_counts_the_training_of_the_vae(tmp_path):
+    """What a pass over its batch keeps; nothing with --vae, whose parameters count instead."""
+    small = config(size=16, vae_batch=6)
+    kept = []
+    loss_of = AutoencoderLoss(autoencoder(small))
+    own = {x.untyped_storage().data_ptr() for x in loss_of.state_dict().values()}
+    images = torch.rand(6, 3, 16, 16)
+    noise = torch.randn_like(loss_of.vae.moments(images)[0])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss_of(images, noise)
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    real = sum(size for place, size in kept.items() if place not in own)
+    assert plan(small, 1).passing["activations of the VAE's training"] == pytest.approx(real, rel=0.02)
+    with_own, with_sd3 = plan(small, 1), plan(config(size=16, vae=str(FIXTURES / "vae-sd3")), 1)
+    assert with_sd3.passing.keys() == {"activations"}
+    assert with_sd3.fixed["parameters"] != with_own.fixed["parameters"]
 
 
 @torch.no_grad()
