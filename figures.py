@@ -15,12 +15,12 @@ The paper's tables and figures, from what a run folder holds.
     python figures.py --figure 8            # errors before and after RL, over the first frames' radius and speed
     python figures.py --figure prefix       # reconstruction from the first k tokens
 
-Each reads what runs/tiny (--out) holds, says which command makes what is missing, and writes <out>/figures/: a PNG, and the
+Each reads what runs/tiny (--out) holds, says which command makes what is missing, and writes <out>/figures/: pictures as PNG,
 numbers as JSON. A table goes on where it was stopped; tables 1, 2, order and rl take the runs of --others (other seeds; 1 and 2
 also other motions and tokenizers) together with it. A mean of several runs has the standard error over runs; that of one run is
 over its clips, and leaves out that another training would have ended elsewhere. One process, on the GPU if there is one.
 
-Axes: B frames, F frames of a clip, K tokens of a frame, N codes.
+Axes: B frames or clips, F frames of a clip, N balls, K tokens of a frame, L vectors of width D, A attributes.
 """
 import dataclasses
 import json
@@ -89,6 +89,11 @@ def language_model(run: Path, name: str) -> tuple[Llama, DDT | VQGAN]:
     return model, load(run, kind)
 
 
+def motions(run: Path, name: str) -> list[str]:
+    """What a run's language model was trained on. (Its tokenizer may know more.)"""
+    return train.scenarios(trained(run, name)["scenario"])
+
+
 def speaks(run: Path) -> str:
     """ddt or vqgan: the tokenizer of a run's language models."""
     return "vqgan" if "vqgan" in reward.read(run / "sft" / "made_of.json") else "ddt"
@@ -102,11 +107,17 @@ def runs(config: Config) -> list[Path]:
     return folders
 
 
+def trained(run: Path, name: str) -> dict:
+    """What a run's model was trained with."""
+    was = reward.read(run / name / "trained.json")
+    train.need(was, f"{run}/{name} is missing: make it with `python {train.script(name)} --out {run}`, and the --preset that the "
+               "folder has")
+    return was
+
+
 def sft_settings(run: Path) -> dict:
     """What a run's SFT model was trained with, where it is not a default."""
-    path = run / "sft" / "trained.json"
-    train.need(path.exists(), f"{run}/sft is missing: make it with `python sft.py --out {run}`, and the --preset that the folder has")
-    was = json.loads(path.read_text())
+    was = trained(run, "sft")
     usual = sft.Config(**{"preset": was["preset"]} | sft.PRESETS[was["preset"]])
     return {key: value for key, value in was.items() if value != getattr(usual, key) or key == "preset"}
 
@@ -154,7 +165,7 @@ def carried(codes: Tensor, attributes: Tensor) -> list[dict]:
     """
     What each token says: codes (B, K), attributes (B, A) -> per token the codes in use, their perplexity, the entropy in
     bits, and the share of each attribute's variance that the code explains: in the second half of the rows, with each code's
-    mean from the first. (On the same rows, a hundred codes would explain a good part of anything.)
+    mean from the first. (Frames of one clip are alike: on the same rows, codes would explain what they only remember.)
     """
     rows, half = [], len(codes) // 2
     known, unknown = attributes[:half], attributes[half:]
@@ -206,16 +217,16 @@ def predictions(run: Path, name: str, config: Config, samples: int = 0) -> dict[
     path = train.writable(run / "figures") / f"{name}.json"
     if name == "dit":
         model = load(run, "dit")
-        predictors, c = {"": model.predictor()}, model.config
+        predictors, size, scenarios = {"": model.predictor()}, model.config.size, train.scenarios(model.config.scenario)
     else:
         model, tokenizer = language_model(run, name)
-        c = tokenizer.config
+        size, scenarios = tokenizer.config.size, motions(run, name)
         predictors = {"": sft.predictor(model, tokenizer)} | {
             f"sample {i + 1}": sft.predictor(model, tokenizer, i, 50, 0.95) for i in range(samples)}
     of_these(path, run, name)
     for row, predict in predictors.items():
-        for scenario in train.scenarios(c.scenario):
-            reward.add_row(path, row, predict, [scenario], ("iid", *sim.levels(scenario)), 4 * config.clips, size=c.size,
+        for scenario in scenarios:
+            reward.add_row(path, row, predict, [scenario], ("iid", *sim.levels(scenario)), 4 * config.clips, size=size,
                            device=DEVICE)
     return {row: result for row, result in reward.read(path).items() if row in predictors}
 
@@ -294,6 +305,7 @@ def order(config: Config, folder: Path) -> str:
     found: dict[str, list[list[Tensor]]] = {}
     for run in runs(config):
         settings, ddt, turned = sft_settings(run), load(run, "ddt"), run / "reverse"
+        evaluated(run)                                                            # known before hours of training
         own = ddt.config.order
         ddt.config.order = {"forward": "reverse", "reverse": "forward"}[own]
         if not (turned / "ddt" / "model.safetensors").exists():
@@ -313,9 +325,10 @@ def order(config: Config, folder: Path) -> str:
 
 def evaluated(run: Path) -> dict:
     """SFT's row of a run's table: scenario -> split -> reward.evaluate's result."""
-    results = reward.read(run / "results.json")
-    train.need("SFT" in results, f"{run}/results.json has no row of SFT: `python sft.py --out {run}` adds it")
-    return results["SFT"]
+    row = reward.read(run / "results.json").get("SFT", {})
+    train.need(all(split in row.get(scenario, {}) for scenario in motions(run, "sft") for split in sim.SHOWN),
+               f"{run}/results.json has no whole row of SFT: `python sft.py --out {run}` adds what is missing")
+    return row
 
 
 # ------------------------------------------------------------------ table 4
@@ -375,7 +388,7 @@ ABLATION = {                        # one factor at a time
     "codes of 16 dimensions": {"code_dim": 16, "token_noise": 0.2},     # with less noise tokens do not specialise
     "codes of 4 dimensions": {"code_dim": 4},                           # a sphere, not a circle
     "all tokens at every time": {"prefix": "all"},
-    "no pure noise (nor what waits for it)": {"pure_noise": 0.0},     # past_plateau is measured there: no token noise, no crowding
+    "no pure noise (nor what waits for it)": {"pure_noise": 0.0},       # its error is what token noise and crowding wait for
     "6 in 10 of pure noise": {"pure_noise": 0.6},
     "time not skewed": {"shift": 1.0},
     "decoder 4 layers": {"layers": 4},
@@ -385,15 +398,21 @@ ABLATION = {                        # one factor at a time
 }
 
 
+def usual(what: str, place: str, was: dict) -> None:
+    train.need((was["preset"], was["scenario"]) == ("tiny", "uniform"),
+               f"{what} is of `tiny` and uniform motion, {place} of {was['preset']} and {was['scenario']}")
+
+
 def ablation(config: Config, folder: Path) -> str:
     """
     `tiny` tokenizers of uniform motion that differ from ddt.py's defaults, trained in <out>/ablation: mean and standard error
     over seeds. All stand on the VAE of <out>, but for those whose VAE differs.
     """
-    train.need(config.preset == "tiny", "the ablation is of `tiny`")
     out = Path(config.out)
     vae = out / "vae" / tokenizers.VAE_WEIGHTS
     train.need(vae.exists(), f"{out / 'vae'} is missing: make it with `python ddt.py --out {out}`")
+    if was := reward.read(out / "vae" / "trained.json"):                          # one of --vae has none
+        usual("the ablation", f"{out}/vae", was)
     path, work = folder / "ablation.json", tokenizers.plan(BASE, 1).flops
     done = reward.read(path)
     lines = [f"{'steps':>43s}" + "".join(f"{name:>18s}" for name in QUALITY)]
@@ -406,11 +425,12 @@ def ablation(config: Config, folder: Path) -> str:
         for seed in SEEDS:
             run = f"{name}-{seed}".replace(" ", "-").replace(",", "")
             c.seed, c.out = seed, str(out / "ablation" / run)
-            of = dataclasses.asdict(c) | {"out": "", "vae": train.checksum(vae) if c.vae else "", "clips measured": config.clips}
-            if done.get(run, {}).get("of") != of:
+            of, known = dataclasses.asdict(c) | {"out": "", "vae": train.checksum(vae) if c.vae else ""}, done.get(run, {})
+            if known.get("of") != of:
                 settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if getattr(c, f.name) != f.default}
-                tokenizers.main(flags(settings) + ["--fresh"] * (run in done))
-                done[run] = {"of": of, "quality": quality(Path(c.out), config.clips)}
+                tokenizers.main(flags(settings) + ["--fresh"] * bool(known))
+            if (known.get("of"), known.get("clips")) != (of, config.clips):
+                done[run] = {"of": of, "clips": config.clips, "quality": quality(Path(c.out), config.clips)}
                 reward.write(path, done)
             rows.append(done[run]["quality"])
         x = torch.tensor(rows, dtype=torch.float64)
@@ -472,7 +492,7 @@ def reading(model: DDT | VQGAN, scenario: str, n: int, steps: int = 1000) -> flo
 RL = {                              # factor -> what is drawn together: one change each from grpo.py's defaults
     "as it is": {"the next 8 frames": {}},
     "credit": {"the whole clip": {"whole_clip": True}, "all frames ahead": {"horizon": sim.FRAMES}},
-    "old clips": {"no old clips": {"keep": 0.0}},
+    "known clips": {"no KL on known clips": {"keep": 0.0}},
     "scoring": {"untruncated": {"untruncated": True}},
     "groups": {"16 groups of 4": {"prompts": 16, "group": 4}, "4 groups of 16": {"prompts": 4, "group": 16}},
     "KL": {"beta 0": {"beta": 0.0}, "beta 0.01": {"beta": 0.01}, "beta 0.04": {"beta": 0.04}},
@@ -507,7 +527,8 @@ def rl(config: Config, folder: Path) -> str:
     GRPO on each run's SFT model, but for one factor as grpo.py does it: learning curves, and what RL changed. The reward of
     rollouts is of other conditions where there are more or fewer groups.
     """
-    train.need(config.preset == "tiny", "the ablation of RL is of `tiny`")
+    for run in runs(config):
+        usual("the ablation of RL", f"{run}/sft", trained(run, "sft"))
     lines = [f"{'':20s}runs" + "".join(f"{x:>17s}" for x in ("training reward", "kl", "entropy")) +
              "".join(f"{f'{split} {measure[:6]}':>18s}" for split, measure in CHANGED.items())]
     curves = {curve: {} for curve in CURVES}
@@ -542,8 +563,9 @@ def figure3(config: Config, folder: Path) -> str:
     """drift_error of SFT against the number of training clips of each motion, all on the run's tokenizer."""
     run, curves, seen = Path(config.out), {}, {}
     settings = sft_settings(run)
-    own = settings.get("clips", sft.Config(**sft.PRESETS[settings["preset"]]).clips)
-    for n in SIZES[config.preset]:
+    own = trained(run, "sft")["clips"]
+    evaluated(run)                                                                # known before hours of training
+    for n in SIZES[settings["preset"]]:
         place = run if n == own else copied(run, run / "clips" / str(n), "vae", "ddt")
         if place != run:
             sft.main(flags(settings | {"clips": n, "out": place}))
@@ -565,10 +587,11 @@ def figure4(config: Config, folder: Path) -> str:
     predictors = {"SFT": sft.predictor(language_model(run, "sft")[0], tokenizer), "SFT + RL": sft.predictor(policy, tokenizer)}
     if (run / "dit" / "model.safetensors").exists():
         dit = load(run, "dit")
-        train.need(dit.config.size == tokenizer.config.size, f"{run}: the DiT is of {dit.config.size} pixels, the tokenizer of "
-                   f"{tokenizer.config.size}: train one of them again with --fresh")
+        train.need(dit.config.size == tokenizer.config.size and set(motions(run, "grpo")) <= set(train.scenarios(dit.config.scenario)),
+                   f"{run}: the DiT is of {dit.config.size} pixels and {dit.config.scenario}, the policy of "
+                   f"{tokenizer.config.size} and {trained(run, 'grpo')['scenario']}: train one of them again with --fresh")
         predictors = {"DiT": dit.predictor()} | predictors
-    for scenario in train.scenarios(tokenizer.config.scenario):
+    for scenario in motions(run, "grpo"):
         for split in ("iid", *sim.levels(scenario)):
             clip = sim.sample(scenario, split, 1, reward.EVAL_SEED)
             frames = sim.render(clip.position, clip.radius, tokenizer.config.size)
@@ -596,8 +619,8 @@ def figure8(config: Config, folder: Path) -> str:
     for label, name in (("SFT", "sft"), ("SFT + RL", "grpo")):
         model, tokenizer = language_model(run, name)
         predict, size = sft.predictor(model, tokenizer), tokenizer.config.size
-        train.need("uniform" in train.scenarios(tokenizer.config.scenario),
-                   f"{run} is of {tokenizer.config.scenario}: figure 8 is of uniform motion")
+        train.need("uniform" in motions(run, name), f"{run}/{name} is of {trained(run, name)['scenario']}: figure 8 is of uniform "
+                   "motion")
         errors = []
         for i in range(0, len(clips), 64):
             part = clips[i:i + 64].to(DEVICE)
@@ -611,7 +634,7 @@ def figure8(config: Config, folder: Path) -> str:
     heat_maps(folder / "figure8.png", panels[::2] + panels[1::2], RADII, SPEEDS)
     within = lambda use: (torch.stack([(a <= RADII) & (RADII <= b) for a, b in sim.RADIUS[use]]).any(0)[:, None]
                           & torch.stack([(a <= SPEEDS) & (SPEEDS <= b) for a, b in sim.SPEED[use]]).any(0))
-    places = {"training range": within("pretrain"), "bands of RL": within("posttrain"), "out of distribution": within("ood"),
+    places = {"training range": within("pretrain"), "bands of RL": within("posttrain"), "r and v out of range": within("ood"),
               "everything": within("pretrain") | True}
     lines = [f"{'mean of':28s}" + "".join(f"{place:>22s}" for place in places)]
     return "\n".join(lines + [f"{name:28s}" + "".join(f"{torch.tensor(x)[where].nanmean():22.3f}" for where in places.values())
@@ -654,7 +677,7 @@ def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor
 def prefix(config: Config, folder: Path) -> str:
     """
     Reconstruction from the first k tokens: from pure noise, where training always shows all K; and at the time that k tokens
-    belong to, t(k / K), where the noisy frame itself helps, beside the same frame without any token.
+    belong to, t(k / K), where the noisy frame itself helps, beside the same frame without any token (which training never shows).
     """
     ddt = load(Path(config.out), "ddt")
     K, name = ddt.config.queries, train.scenarios(ddt.config.scenario)[0]
@@ -683,7 +706,7 @@ def prefix(config: Config, folder: Path) -> str:
     sim.save_strip(folder / "prefix.png", [x for _, x in pictures], [label for label, _ in pictures], every=1)
     chart(folder / "prefix_error.png", "tokens shown", "median centre error, units",
           {name: [(r["k"], r[name]["center"]) for r in rows] for name in ("noise", "own time", "no tokens")})
-    kinds = {"noise": "pure noise, first k tokens", "own time": "noise of t(k), k tokens", "no tokens": "noise of t(k), no token"}
+    kinds = {"noise": "pure noise, first k tokens", "own time": "noise of t(k), k tokens", "no tokens": "... no token (not trained)"}
     lines = [" " * 14 + "".join(f"{text:>27s}" for text in kinds.values()),
              f"{'k':>5s}{'t(k)':>9s}" + f"{'centre':>9s}{'radius':>9s}{'missing':>9s}" * 3]
     return "\n".join(lines + [f"{r['k']:5d}{r['t']:9.3f}" + "".join(
@@ -777,27 +800,29 @@ def columns(head: str, curves: dict[str, list[tuple[float, float]]]) -> str:
 COLORS = ((200, 40, 40), (40, 80, 200), (30, 140, 60), (150, 90, 20), (120, 60, 160), (0, 0, 0))
 
 
-def chart(path: Path, x_label: str, y_label: str, curves: dict[str, list[tuple[float, float]]], width=640, height=400) -> None:
-    """Curves {name: [(x, y), ...]} as a PNG, axes from 0 or the least y."""
+def chart(path: Path, x_label: str, y_label: str, curves: dict[str, list[tuple[float, float]]], width=720, height=400) -> None:
+    """Curves {name: [(x, y), ...]} as a PNG. The axis of y begins at 0, or at the least y if all are far above 0."""
     x_max = max(x for points in curves.values() for x, _ in points)
     y = [y for points in curves.values() for _, y in points if math.isfinite(y)]
-    y_min, y_max = min([0.0, *y]), 1.05 * max(y, default=1.0)
-    left, right, top, bottom = 60, width - 20, 30, height - 45
+    y_min, y_max = min(y, default=0.0), max(y, default=0.0)
+    y_min = 0.0 if 0 <= y_min < y_max / 2 else y_min
+    y_max += 0.05 * (y_max - y_min or abs(y_max) or 1.0)                        # a curve that is flat has room, too
+    left, right, top, bottom = 60, width - 160, 30, height - 45
     place = lambda x, y: (left + (right - left) * x / x_max, bottom - (bottom - top) * (y - y_min) / (y_max - y_min))
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
-    draw.line([place(0, y_max), place(0, y_min), place(x_max, y_min)], fill="black")
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill="black")
     for i in range(6):
         x, y = x_max * i / 5, y_min + (y_max - y_min) * i / 5
         draw.text((place(x, 0)[0] - 12, bottom + 6), f"{x:.3g}", fill="black")
-        draw.text((8, place(0, y)[1] - 6), f"{y:.2g}", fill="black")
+        draw.text((8, place(0, y)[1] - 6), f"{y:.3g}", fill="black")
         draw.line([place(0, y), place(x_max, y)], fill=(225, 225, 225))
     draw.text((left + (right - left) / 2 - 3 * len(x_label), height - 20), x_label, fill="black")
     draw.text((8, 8), y_label, fill="black")
     for i, (name, points) in enumerate(curves.items()):
         color = COLORS[i % len(COLORS)]
         draw.line([place(x, y) for x, y in points if math.isfinite(y)], fill=color, width=2)      # NaN: no ball found
-        draw.text((right - 90, top + 14 * i), name, fill=color)
+        draw.text((right + 15, top + 14 * i), name, fill=color)
     picture.save(path)
 
 

@@ -382,8 +382,9 @@ def learning_rate(step: int, config) -> float:
 
 # ------------------------------------------------------------------ a run
 
-# fields that may change between two runs of the same training: parts of a batch and checkpointing change only how it is computed
-FREE = {"out", "fresh", "save_every", "eval_clips", "plan", "world", "micro", "checkpointing", "calls"}
+# fields that may change between two runs of the same training: parts of a batch and checkpointing change only how it is computed,
+# and of --vae the weights are compared, wherever they lie
+FREE = {"out", "vae", "fresh", "save_every", "eval_clips", "plan", "world", "micro", "checkpointing", "calls"}
 PATIENCE = 10       # steps in a row without a finite gradient, then the run gives up
 
 

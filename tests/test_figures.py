@@ -6,6 +6,7 @@ Tables and figures: what they measure, and the commands on two small tokenizers.
 import dataclasses
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +46,8 @@ def out(tmp_path_factory):
     for name in ("sft", "grpo"):
         Llama(LlamaConfig(257, 32, 48, 2, 4, 2, 8, n_visual=256, bos_token_id=0)).save(folder / name)
         train.made_of(folder / name, **{x: folder / x / "model.safetensors" for x in ("ddt", "sft")[:1 + (name == "grpo")]})
-        (folder / name / "trained.json").write_text(json.dumps({"preset": "tiny", "seed": 3, "clips": 12, "lr": 1e-4}))
+        settings = dataclasses.asdict(getattr(figures, name).Config(seed=3, clips=12, lr=1e-4))
+        (folder / name / "trained.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in train.FREE}))
     return folder
 
 
@@ -89,6 +91,11 @@ def test_what_is_missing_is_named(out, tmp_path):
         figures.main(["--out", str(out), "--others", "elsewhere", "--table", "2"])
     with pytest.raises(Problem, match="names a run twice"):
         figures.main(["--out", str(out), "--others", f"{out}/", "--table", "2"])
+    for name, command, path in (("vae", "ablation", "vae/trained.json"), ("sft", "rl", "sft/trained.json")):
+        shutil.copytree(out / name, tmp_path / name)
+        (tmp_path / path).write_text(json.dumps({"preset": "small", "scenario": "all"}))
+        with pytest.raises(Problem, match=f"{name} of small and all"):
+            figures.main(["--out", str(tmp_path), "--table", command])
     with pytest.raises(Problem, match="no table 9"):
         figures.main(["--out", str(out), "--table", "9"])
 
@@ -143,7 +150,9 @@ def few(monkeypatch):
 def sft_row(out, drift):
     """A table with a row of SFT: every split has two clips."""
     result = {"each": {"reward": [1.0, 2.0], "drift_error": drift}, "drift_error": sum(drift) / 2, "drift_error_se": 0.5}
-    (out / "results.json").write_text(json.dumps({"SFT": {"uniform": {s: result for s in figures.sim.SHOWN}}}))
+    results = {"SFT": {"uniform": {s: result for s in figures.sim.SHOWN}}}
+    (out / "results.json").write_text(json.dumps(results))
+    return results
 
 
 def test_order(out, capsys, monkeypatch):
@@ -168,8 +177,15 @@ def test_order(out, capsys, monkeypatch):
 def test_figure_3(out, capsys, monkeypatch):
     """The run's own model is one of the points; the others are trained."""
     asked = few(monkeypatch)
-    sft_row(out, [0.5, 1.5])
+    results = sft_row(out, [0.5, 1.5])
     monkeypatch.setattr(figures, "SIZES", {"tiny": (8, 12)})
+    results["SFT"]["uniform"].pop("ood")                                                        # sft.py was stopped there
+    (out / "results.json").write_text(json.dumps(results))
+    for flags in (["--figure", "3"], ["--table", "order"]):
+        with pytest.raises(Problem, match="no whole row of SFT"):
+            figures.main(["--out", str(out), *flags])
+    assert asked == []
+    sft_row(out, [0.5, 1.5])
     figures.main(["--out", str(out), "--figure", "3"])
     assert [argv[argv.index("--clips") + 1] for argv in asked] == ["8"]
     curves = json.loads((out / "figures" / "figure3.json").read_text())
@@ -262,6 +278,7 @@ def test_ablation(out, capsys, monkeypatch):
     assert " ".join(row[-3:]) == "1.000 +- 0.500"                                       # of 0.5 and 1.5
     monkeypatch.setattr(figures.tokenizers, "main", None)
     figures.main(command)
+    figures.main(command + ["--clips", "2"])                                            # measured again, not trained again
     monkeypatch.setattr(figures, "ABLATION", {"deep": {"lr": 1e-3}})
     with pytest.raises(TypeError):
         figures.main(command)
@@ -330,9 +347,13 @@ def test_similarity():
     torch.testing.assert_close(figures.similarity(a, -a), -torch.ones(3))
 
 
-def test_chart(tmp_path):
-    """The curve is where its points are: a red pixel at the top right end, none at the bottom right."""
-    figures.chart(tmp_path / "chart.png", "x", "y", {"line": [(0, 0), (1, 1)]}, width=640, height=400)
+@pytest.mark.parametrize("y, top, bottom", [((0.0, 1.0), 0.05 / 1.05, 1.0), ((3.0, 3.5), 0.025 / 0.525, 1.0),
+                                            ((1.0, 4.0), 0.2 / 4.2, 3.2 / 4.2), ((-1.0, 1.0), 0.1 / 2.1, 1.0), ((0.0, 0.0), 1.0, 1.0),
+                                            ((2.0, 2.0), 1.0, 1.0)])
+def test_chart(tmp_path, y, top, bottom):
+    """The curve is where its points are, as shares of the height from the top; near 0 the axis begins at 0."""
+    figures.chart(tmp_path / "chart.png", "x", "y", {"line": [(0, y[0]), (1, y[1])]}, width=720, height=400)
     picture = Image.open(tmp_path / "chart.png")
-    red = [(x, y) for x in range(600, 640) for y in range(45, 400) if picture.getpixel((x, y)) == (200, 40, 40)]
-    assert red and max(y for _, y in red) < 80
+    rows = lambda x: [r for r in range(20, 370) if picture.getpixel((x, r)) == (200, 40, 40)]
+    assert sum(rows(62)) / len(rows(62)) == pytest.approx(30 + 325 * bottom, abs=3)              # two pixels from either end
+    assert sum(rows(558)) / len(rows(558)) == pytest.approx(30 + 325 * top, abs=3)
