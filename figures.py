@@ -504,7 +504,8 @@ CURVES = {"reward": ("reward", "reward of rollouts"), "velocity": ("rewards/velo
           "mass": ("rewards/mass/mean", "its mass part"), "kl": ("kl", "KL to the SFT model, nats a token"),
           "entropy": ("entropy", "entropy, nats a token"),
           "zero_std": ("frac_reward_zero_std", "share of groups with std below 0.1")}
-CHANGED = {"posttrain": "reward", "pretrain": "drift_error", "iid": "drift_error", "slow": "drift_error", "fast": "drift_error"}
+CHANGED = {"posttrain": "reward", "pretrain": "drift_error", "iid": "drift_error", "ood": "drift_error", "slow": "drift_error",
+           "fast": "drift_error"}
 
 
 def another_policy(run: Path, name: str, change: dict, clips: int) -> Path:
@@ -530,7 +531,7 @@ def rl(config: Config, folder: Path) -> str:
     for run in runs(config):
         usual("the ablation of RL", f"{run}/sft", trained(run, "sft"))
     lines = [f"{'':20s}runs" + "".join(f"{x:>17s}" for x in ("training reward", "kl", "entropy")) +
-             "".join(f"{f'{split} {measure[:6]}':>18s}" for split, measure in CHANGED.items())]
+             "".join(f"{split + ' ' + measure.split('_')[0]:>18s}" for split, measure in CHANGED.items())]
     curves = {curve: {} for curve in CURVES}
     for factor, rows in RL.items():
         for name, change in rows.items():

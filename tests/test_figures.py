@@ -198,13 +198,13 @@ def test_figure_3(out, capsys, monkeypatch):
 def test_rl(out, capsys, monkeypatch):
     """Each row is trained from the run's SFT model, or one of another length; a second call trains nothing."""
     asked = few(monkeypatch)
-    monkeypatch.setattr(figures.sim, "SHOWN", ("iid", "slow", "fast"))
+    monkeypatch.setattr(figures.sim, "SHOWN", ("iid", "ood", "slow", "fast"))
     (out / "results.json").unlink(missing_ok=True)
     monkeypatch.setattr(figures, "RL", {"as it is": {"usual": {}}, "more": {"other": {"horizon": 2, "untruncated": True, "sft": 1000}}})
     command = ["--out", str(out), "--table", "rl", "--clips", "1"]
     figures.main(command)
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("usual", "other"))}
-    assert rows.keys() == {"usual", "other"} and len(rows["usual"]) == 2 + 3 + 5 * 3             # 3 numbers, 5 with +-
+    assert rows.keys() == {"usual", "other"} and len(rows["usual"]) == 2 + 3 + 6 * 3             # 3 numbers, 6 with +-
     assert asked[0][4:] == [] and asked[2][4:] == ["--horizon", "2", "--untruncated"]
     assert asked[1][:-2] == ["--preset", "tiny", "--seed", "3", "--clips", "12", "--lr", "0.0001", "--steps", "1000"]
     config = json.loads((out / "rl" / "other" / "grpo" / "trained.json").read_text())
