@@ -151,10 +151,11 @@ def test_sft_starts_from_given_weights(finished, tmp_path, capsys, monkeypatch):
     assert "config.json" in missing and "\n" not in missing
 
 
-def test_a_vae_of_diffusers(tmp_path, monkeypatch):
+def test_a_vae_of_diffusers(tmp_path, monkeypatch, capsys):
     sd1, sd3 = (ROOT / "tests" / "fixtures" / name for name in ("vae-sd1", "vae-sd3"))
     monkeypatch.setattr(sim, "SHOWN", ("iid",))
     ddt.main(["--out", str(tmp_path), *DDT, "--vae", str(sd3)])
+    assert "step 4: quantization starts, but" in capsys.readouterr().out           # in 4 steps nothing is learnt
     assert not (tmp_path / "vae" / "log.jsonl").exists()                          # not trained
     same(weights(tmp_path / "vae"), load_file(sd3 / "diffusion_pytorch_model.safetensors"))
     assert load_file(tmp_path / "ddt" / "model.safetensors")["decoder.latent_out.weight"].shape[0] == 16 * 2 * 2
@@ -237,6 +238,8 @@ def test_torchrun_on_two_ranks(finished, tmp_path):
     (grpo, ["--group", "1"], "--group"),
     (grpo, ["--scenario", "pendulum"], "pendulum"),
     (ddt, ["--scenario", "pendulum"], "pendulum"),
+    (ddt, ["--shift", "0"], "--shift 0"), (ddt, ["--width", "36", "--heads", "6"], "--query_width 128"),
+    (ddt, ["--width", "36", "--query_width", "36", "--heads", "6"], "4 times --heads 6"),
     (ddt, ["--size", "30"], "--size"),
     (ddt, ["--prefix", "some"], "--prefix"),
     (sim, ["--split", "nope"], "nope"),
