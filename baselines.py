@@ -467,7 +467,7 @@ def dit_main(argv: list[str] | None) -> None:
     if c.fresh:
         train.discard(out / "dit")
     if train.is_trained(out / "dit", "model.safetensors", c, world):
-        train.made_of(out / "dit", vae=out / "vae" / VAE_WEIGHTS)
+        train.check_made_of(out / "dit", vae=out / "vae" / VAE_WEIGHTS)
         dit = DiT.load(out / "dit").to(world.device)
         dit.config.calls = c.calls
     else:

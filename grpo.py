@@ -22,7 +22,7 @@ Differences from textbook GRPO, and choices where the paper is silent
    while the bands improved (seed 1, the other settings as here).
 
     torchrun grpo.py                    # from nothing: VAE, DDT, SFT (if missing in runs/tiny), GRPO, table, pictures
-    python grpo.py --steps 80           # the same without torchrun; any field of Config is a flag
+    python grpo.py --fresh --beta 0     # trains the policy again, without torchrun; any field of Config is a flag
     torchrun --nproc_per_node=8 grpo.py # 8 ranks; the global batch stays as it is
 
 Expected at `tiny` on 2 CPU cores: 19 minutes in all, GRPO 2.5 of them (2.7 seconds a step); up to twice that on slower ones.
@@ -226,8 +226,14 @@ def sources(config: Config) -> dict[str, Path]:
 
 
 def plan(config: Config, ranks: int) -> train.Plan:
-    """Memory and work of train_grpo, for the model and tokenizer that the presets of sft.py and ddt.py describe."""
+    """
+    Memory and work of train_grpo, for the model of <out>/sft, or as long as there is none for the one that sft.py's preset
+    describes, and the tokenizer of ddt.py's preset.
+    """
     base, tokens = (stage.Config(**{"preset": config.preset} | stage.PRESETS[config.preset]) for stage in (sft, tokenizers))
+    made = Path(config.out, "sft")
+    if (made / "model.safetensors").exists():
+        base.llm, base.dtype = str(made), reward.read(made / "trained.json").get("dtype", base.dtype)
     return plan_for(config, ranks, sft.shape(base, tokens.queries), getattr(torch, base.dtype), tokens)
 
 
@@ -284,7 +290,7 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
             kl_known = train.total(sum((x["kl"].detach().sum() for x in of_known), torch.zeros((), device=world.device)))
             std = r.scores["reward"].std(1)
             group_std, zero = train.total(torch.stack([std.sum(), (std < NOISE).sum()])) / config.prompts
-            run.log(**{"reward": mean["reward"], "reward_std": group_std, "frac_reward_zero_std": zero,
+            run.log(**{"reward": mean["reward"], "reward_std": group_std, "frac_reward_zero_std": zero,       # zero: below NOISE
                        "rewards/velocity/mean": mean["velocity"], "rewards/mass/mean": mean["mass"],
                        "kl": mean["kl"], "kl_known": kl_known / config.prompts, "entropy": mean["entropy"],
                        "clip_ratio/region_mean": mean["clipped"]})

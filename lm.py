@@ -356,11 +356,12 @@ class Llama(nn.Module):
             self.lm_head.weight = more(self.lm_head.weight)
         self.config = dataclasses.replace(self.config, vocab_size=self.config.vocab_size + n, n_visual=n)
 
-    def save(self, folder, shard_bytes: int = 5 * 10 ** 9) -> None:
+    def save(self, folder, shard_bytes: int = 10 ** 15) -> None:
         """
         A folder that `transformers` opens: config.json, generation_config.json, model.safetensors (above shard_bytes:
-        shards and their index), and the tokenizer's files of the folder the model was loaded from. All is written aside
-        and then renamed, an index last, so that a save broken off never leaves old and new tensors mixed.
+        shards and their index; the stages look for the one file, however large), and the tokenizer's files of the folder
+        the model was loaded from. All is written aside and then renamed, an index last, so that a save broken off never
+        leaves old and new tensors mixed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

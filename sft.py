@@ -356,8 +356,8 @@ def ensure(config, ddt: DDT, world: train.World) -> Llama:
 
 
 def load(folder: Path, **sources: Path) -> Llama:
-    """A trained model, after a look at what it was made of. Raises train.Problem."""
-    train.made_of(folder, **sources)
+    """A trained model, after a look at what it was made of, as far as `sources` say. Raises train.Problem."""
+    train.check_made_of(Path(folder), **sources)
     try:
         return Llama.load(folder).eval()
     except ValueError as error:
@@ -376,10 +376,13 @@ def main(argv: list[str] | None = None) -> None:
         shape(config, queries=1)            # a folder that cannot be read is known before a tokenizer is trained
     if config.plan:
         return train.show_plan(plan, config)
-    train.need(config.llm or config.preset != "paper", "the paper's model starts from Llama-3.1-8B: name its folder with --llm")
+    out = Path(config.out)
+    train.need(config.llm or config.preset != "paper" or (out / "sft" / "model.safetensors").exists(),
+               f"{out / 'sft'} is missing, and the paper's model starts from Llama-3.1-8B: make it with "
+               f"`python sft.py --preset paper --out {out} --llm DIR`, DIR that model's folder")
     world = train.start(config.seed)
     train.check_fits(plan, config, world)
-    out = train.writable(Path(config.out))
+    train.writable(out)
     train.occupy(out, world)
     ddt = tokenizer(config, world)
     if train.is_trained(out / "sft", "model.safetensors", config, world):

@@ -739,9 +739,14 @@ def script(name: str) -> str:
 
 
 def made_of(folder: Path, **sources: Path) -> None:
+    """Notes which weight files a stage starts from, once `check_made_of` has nothing against them."""
+    _write_json(folder / "made_of.json", check_made_of(folder, **sources))                # every rank writes the same
+
+
+def check_made_of(folder: Path, **sources: Path) -> dict[str, str]:
     """
-    Notes which weight files a stage starts from; Problem when the folder's model or checkpoint started from others.
-    Without it, a model would silently be used with the codes of a tokenizer that has been trained anew since.
+    Checksums of weight files; Problem when the folder's model or checkpoint started from others. Without it, a model would
+    silently be used with the codes of a tokenizer that has been trained anew since.
     """
     now = {name: checksum(source) for name, source in sources.items()}
     note = folder / "made_of.json"
@@ -751,7 +756,7 @@ def made_of(folder: Path, **sources: Path) -> None:
         if other:
             raise Problem(f"{folder} was trained from another {other[0]} than {sources[other[0]].parent}: train it again with "
                           f"`python {script(folder.name)} --fresh --out {folder.parent}`, or choose another --out")
-    _write_json(note, now)                                                # every rank writes the same
+    return now
 
 
 # ------------------------------------------------------------------ what a run will need
@@ -861,7 +866,7 @@ def smaller(plan: Callable[..., Plan], config, ranks: int, memory: float) -> str
 
 def check_fits(plan: Callable[..., Plan], config, world: World) -> None:
     """Problem for a run that needs more memory than there is, with a setting that would do."""
-    if world.device.type == "cpu" and config.preset == "tiny":
+    if world.device.type == "cpu" and config.preset == "tiny" and not getattr(config, "llm", ""):
         return                              # it fits where Python does, and a plan takes seconds
     if world.device.type == "cuda":
         there = torch.cuda.mem_get_info(world.device)[1]

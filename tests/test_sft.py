@@ -4,6 +4,7 @@ Symbol learning: what is asked of the model and what it reads.
     pytest tests/test_sft.py
 """
 import dataclasses
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -184,6 +185,34 @@ def test_plan_of_8b_by_hand():
     assert rl.passing["KV cache"] == cache.kv.nbytes * 9 / 8                          # the prompts', then the group's
     assert rl.tokens == 28 * 8 * 29 * 16
     assert 55 < rl.total / GIB < 79.3 and rl.total < grpo.plan(grpo.Config(**{"preset": "paper"} | grpo.PRESETS["paper"]), 4).total
+
+
+def test_grpo_is_planned_for_the_model_there_is(tmp_path):
+    """`sft.py --llm` makes another than the preset's. One file, however large: the stages look for model.safetensors."""
+    config = grpo.Config(out=str(tmp_path))
+    before = grpo.plan(config, 1)
+    model = Llama(LlamaConfig(300, 256, 512, 2, 4, 4, 64, n_visual=256)).bfloat16()
+    model.save(tmp_path / "sft")
+    (tmp_path / "sft" / "trained.json").write_text('{"dtype": "bfloat16"}')
+    assert grpo.plan(config, 1).fixed["parameters"] == 2 * sum(p.numel() for p in model.parameters()) != before.fixed["parameters"]
+    assert inspect.signature(Llama.save).parameters["shard_bytes"].default > 10 ** 12
+
+
+def test_tiny_is_planned_too_where_it_starts_from_weights(tmp_path, monkeypatch):
+    Llama(LlamaConfig(300, 256, 512, 2, 4, 4, 64, bos_token_id=1)).save(tmp_path)
+    monkeypatch.setattr(train.os, "sysconf", {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}.__getitem__)
+    train.check_fits(sft.plan, sft.Config(), ALONE)
+    with pytest.raises(train.Problem, match="this run needs"):
+        train.check_fits(sft.plan, sft.Config(llm=str(tmp_path)), ALONE)
+
+
+def test_loading_writes_nothing(tmp_path):
+    (tmp_path / "ddt.safetensors").write_bytes(b"tokenizer")
+    Llama(LlamaConfig(257, 32, 48, 2, 4, 2, 8, n_visual=256)).save(tmp_path / "sft")
+    train.made_of(tmp_path / "sft", ddt=tmp_path / "ddt.safetensors")
+    note = (tmp_path / "sft" / "made_of.json").read_text()
+    sft.load(str(tmp_path / "sft"))
+    assert (tmp_path / "sft" / "made_of.json").read_text() == note
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
