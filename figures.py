@@ -803,21 +803,23 @@ COLORS = ((200, 40, 40), (40, 80, 200), (30, 140, 60), (150, 90, 20), (120, 60, 
 
 def chart(path: Path, x_label: str, y_label: str, curves: dict[str, list[tuple[float, float]]], width=720, height=400) -> None:
     """Curves {name: [(x, y), ...]} as a PNG. The axis of y begins at 0, or at the least y if all are far above 0."""
-    x_max = max(x for points in curves.values() for x, _ in points)
+    x = [x for points in curves.values() for x, _ in points]
+    x_min, x_max = min(x), max(x)
     y = [y for points in curves.values() for _, y in points if math.isfinite(y)]
     y_min, y_max = min(y, default=0.0), max(y, default=0.0)
     y_min = 0.0 if 0 <= y_min < y_max / 2 else y_min
     y_max += 0.05 * (y_max - y_min or abs(y_max) or 1.0)                        # a curve that is flat has room, too
     left, right, top, bottom = 60, width - 160, 30, height - 45
-    place = lambda x, y: (left + (right - left) * x / x_max, bottom - (bottom - top) * (y - y_min) / (y_max - y_min))
+    place = lambda x, y: (left + (right - left) * (x - x_min) / (x_max - x_min or 1),
+                          bottom - (bottom - top) * (y - y_min) / (y_max - y_min))
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     draw.line([(left, top), (left, bottom), (right, bottom)], fill="black")
     for i in range(6):
-        x, y = x_max * i / 5, y_min + (y_max - y_min) * i / 5
+        x, y = x_min + (x_max - x_min) * i / 5, y_min + (y_max - y_min) * i / 5
         draw.text((place(x, 0)[0] - 12, bottom + 6), f"{x:.3g}", fill="black")
         draw.text((8, place(0, y)[1] - 6), f"{y:.3g}", fill="black")
-        draw.line([place(0, y), place(x_max, y)], fill=(225, 225, 225))
+        draw.line([(left, place(0, y)[1]), (right, place(0, y)[1])], fill=(225, 225, 225))
     draw.text((left + (right - left) / 2 - 3 * len(x_label), height - 20), x_label, fill="black")
     draw.text((8, 8), y_label, fill="black")
     for i, (name, points) in enumerate(curves.items()):

@@ -352,7 +352,7 @@ def test_similarity():
                                             ((2.0, 2.0), 1.0, 1.0)])
 def test_chart(tmp_path, y, top, bottom):
     """The curve is where its points are, as shares of the height from the top; near 0 the axis begins at 0."""
-    figures.chart(tmp_path / "chart.png", "x", "y", {"line": [(0, y[0]), (1, y[1])]}, width=720, height=400)
+    figures.chart(tmp_path / "chart.png", "x", "y", {"line": [(2, y[0]), (3, y[1])]}, width=720, height=400)
     picture = Image.open(tmp_path / "chart.png")
     rows = lambda x: [r for r in range(20, 370) if picture.getpixel((x, r)) == (200, 40, 40)]
     assert sum(rows(62)) / len(rows(62)) == pytest.approx(30 + 325 * bottom, abs=3)              # two pixels from either end
