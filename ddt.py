@@ -833,9 +833,9 @@ def train_vae(config: Config, world: train.World) -> VAE:
     return vae.eval().requires_grad_(False)
 
 
-def foreign_vae(config: Config, world: train.World) -> VAE:
+def foreign_vae(config: Config, vae: VAE, world: train.World) -> VAE:
     """The VAE of --vae, and a copy of it in <out>/vae, so that the run folder is whole."""
-    vae, folder = VAE.load(config.vae).to(world.device), Path(config.out, "vae")
+    folder = Path(config.out, "vae")
     there = (folder / VAE_WEIGHTS).exists()
     if there:
         own = VAE.load(folder).state_dict()
@@ -852,9 +852,9 @@ def foreign_vae(config: Config, world: train.World) -> VAE:
 def own_vae(config: Config, world: train.World) -> VAE:
     """The VAE of <out>, which must be the one that the flags describe."""
     folder = Path(config.out, "vae")
-    was = reward.read(folder / "trained.json")
-    asked = {k: v for k, v in dataclasses.asdict(config).items() if k.startswith("vae_") or k in ("seed", "scenario", "clips", "size")}
-    changed = [f"{k} was {was[k]}, is {v}" for k, v in asked.items() if was.get(k, v) != v]
+    was = reward.read(folder / "trained.json")                      # nothing: a copy of --vae's
+    changed = [text for k, text in train.differences(was, config).items()
+               if was and (k.startswith("vae_") or k in ("seed", "scenario", "clips", "size"))]
     train.need(not changed, f"{folder} was trained with another configuration ({'; '.join(changed[:4])}): restore that, choose "
                f"another --out, name it with --vae {folder} to take it as it is, or train it again with --fresh")
     return VAE.load(folder).to(world.device)
@@ -1056,15 +1056,14 @@ def main(argv: list[str] | None = None) -> None:
     train.check_fits(plan, c, world)
     out = train.writable(Path(c.out))
     train.occupy(out, world)
+    foreign = VAE.load(c.vae).to(world.device) if c.vae else None       # before --fresh deletes: it may not be readable
     if c.fresh:
-        if c.vae:
-            VAE.load(c.vae)             # nothing is deleted for one that cannot be read
         if not c.vae or Path(c.vae).resolve() != (out / "vae").resolve():
             train.discard(out / "vae")
         train.discard(out / "ddt")
         Path(out, "ddt", "reconstruction.png").unlink(missing_ok=True)
-    if c.vae:
-        vae = foreign_vae(c, world)
+    if foreign:
+        vae = foreign_vae(c, foreign, world)
     elif has_vae:
         vae = own_vae(c, world)
     else:

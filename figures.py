@@ -64,10 +64,14 @@ PRESETS = {"tiny": {}, "small": {}, "paper": {}}        # the run folder's
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def need_made(there, run: Path, name: str, flags: str = "") -> None:
+    train.need(there, f"{run}/{name} is missing: make it with `python {train.script(name)} --out {run}{flags}`, and the --preset "
+               "that the folder has")
+
+
 def load(run: Path, name: str) -> DDT | VQGAN | DiT:
     """A run folder's model of frames, or one line that says how to make it."""
-    train.need((run / name / "model.safetensors").exists(), f"{run}/{name} is missing: make it with "
-               f"`python {train.script(name)} --out {run}`, and the --preset that the folder has")
+    need_made((run / name / "model.safetensors").exists(), run, name)
     return {"ddt": DDT, "vqgan": VQGAN, "dit": DiT}[name].load(run / name).to(DEVICE)
 
 
@@ -82,8 +86,7 @@ def both(config: Config) -> dict[str, DDT | VQGAN]:
 def language_model(run: Path, name: str) -> tuple[Llama, DDT | VQGAN]:
     """The model of <run>/sft or <run>/grpo, and the tokenizer whose codes it speaks."""
     kind = speaks(run)
-    train.need((run / name / "model.safetensors").exists(), f"{run}/{name} is missing: make it with `python {name}.py --out {run}"
-               + (" --tokenizer vqgan" if kind == "vqgan" else "") + "`, and the --preset that the folder has")
+    need_made((run / name / "model.safetensors").exists(), run, name, " --tokenizer vqgan" if kind == "vqgan" else "")
     sources = [kind] + ["sft"] * (name == "grpo")
     model = sft.load(run / name, **{source: run / source / "model.safetensors" for source in sources}).to(DEVICE)
     return model, load(run, kind)
@@ -110,8 +113,7 @@ def runs(config: Config) -> list[Path]:
 def trained(run: Path, name: str) -> dict:
     """What a run's model was trained with."""
     was = reward.read(run / name / "trained.json")
-    train.need(was, f"{run}/{name} is missing: make it with `python {train.script(name)} --out {run}`, and the --preset that the "
-               "folder has")
+    need_made(was, run, name)
     return was
 
 

@@ -672,7 +672,7 @@ def resume(folder: Path, model: nn.Module, optimizer: AdamW, config, world: Worl
             world.say(reasons[-1])
             continue
         manifest = json.loads((path / "manifest.json").read_text())
-        if changed := _changed(manifest["config"], config):
+        if changed := [*differences(manifest["config"], config).values()]:
             raise Problem(f"{path} is of another configuration ({'; '.join(changed[:4])}): restore that, choose another "
                           "--out, or start over with --fresh")
         load_state(model, read_safetensors(path / "model.safetensors")[0], path)
@@ -683,9 +683,10 @@ def resume(folder: Path, model: nn.Module, optimizer: AdamW, config, world: Worl
     return 0
 
 
-def _changed(then: dict, config) -> list[str]:
-    return [f"{k} was {then.get(k)}, is {v}" for k, v in dataclasses.asdict(config).items()
-            if k not in FREE and then.get(k) != v]
+def differences(then: dict, config) -> dict[str, str]:
+    """Field -> what it was and is, of those that a training depends on."""
+    return {k: f"{k} was {then.get(k)}, is {v}" for k, v in dataclasses.asdict(config).items()
+            if k not in FREE and then.get(k) != v}
 
 
 def finish(folder: Path, save, config, model: nn.Module, world: World) -> None:
@@ -705,7 +706,7 @@ def is_trained(folder: Path, name: str, config, world: World) -> bool:
     if config.fresh or not (folder / name).exists():
         return False
     if (folder / "trained.json").exists():
-        if changed := _changed(json.loads((folder / "trained.json").read_text()), config):
+        if changed := [*differences(json.loads((folder / "trained.json").read_text()), config).values()]:
             raise Problem(f"{folder} was trained with another configuration ({'; '.join(changed[:4])}): restore that, "
                           "choose another --out, or train it again with --fresh")
     wait(world)
