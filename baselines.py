@@ -35,12 +35,11 @@ silent, and differences:
 Axes: B batch, F frames, C latent channels, H W pixels, h w latent cells, K = cells of the grid, L = vectors of a clip, D width,
 N codes.
 """
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import torch
 from einops import rearrange
@@ -176,7 +175,9 @@ def train_vqgan(config: VQGANConfig, world: train.World) -> VQGAN:
                 q.fill(torch.cat(found).flatten(0, 1))
             with world.autocast():
                 result = model(data[world.share(train.rows(config.seed, step, config.batch, len(data)))], variance)
-            if run.update(model, [result["loss"].sum() / config.batch]):
+            loss = result["loss"].sum() / config.batch
+            (loss * world.size).backward()                  # DDP averages over ranks: this makes it the sum
+            if run.step(loss):
                 q.update(result["vectors"].flatten(0, 1), result["codes"].flatten())
             errors = {name: train.total(result[name].sum()) / config.batch for name in ("mse", "commitment")}
             run.log(**errors, **q.usage(result["codes"].flatten()))
@@ -424,14 +425,6 @@ def train_dit(config: DiTConfig, vae: VAE, world: train.World) -> DiT:
     world.compile(*dit.blocks)
     model = train.distribute(dit, world)
 
-    def losses(rows: Tensor, *batch: Tensor) -> Iterator[Tensor]:
-        for clip, t, noise in zip(*(x.tensor_split(parts) for x in (rows, *batch))):
-            frames = data[(clip[:, None] * sim.FRAMES + torch.arange(sim.FRAMES)).flatten()]
-            with world.autocast():
-                latent = dit.latent(frames.unflatten(0, (len(clip), sim.FRAMES))).float()
-                loss = model(latent, t, noise).sum() / B
-            yield loss
-
     with train.Run(folder, dit, config, world, show=("loss",)) as run:
         for step in run:
             model.train()
@@ -439,7 +432,15 @@ def train_dit(config: DiTConfig, vae: VAE, world: train.World) -> DiT:
             noise = torch.stack([torch.randn(shape, generator=train.generator(config.seed, step, i))      # of one's own clips only
                                  for i in world.share(torch.arange(B)).tolist()])
             rows = world.share(train.rows(config.seed, step, B, clips))
-            run.update(model, losses(rows, world.share(t).to(world.device), noise.to(world.device)), parts)
+            batch, total = (rows, world.share(t).to(world.device), noise.to(world.device)), 0.0
+            for clip, t, noise in run.accumulate(zip(*(x.tensor_split(parts) for x in batch)), model):
+                frames = data[(clip[:, None] * sim.FRAMES + torch.arange(sim.FRAMES)).flatten()]
+                with world.autocast():
+                    latent = dit.latent(frames.unflatten(0, (len(clip), sim.FRAMES))).float()
+                    loss = model(latent, t, noise).sum() / B
+                (loss * world.size).backward()              # DDP averages over ranks: this makes it the sum
+                total += loss.detach()
+            run.step(total)
     if world.is_main:
         path = folder.parent / "results.json"
         reward.drop_rows(path, *(row for row in reward.read(path) if row.startswith("DiT")))

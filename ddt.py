@@ -55,7 +55,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -809,21 +809,21 @@ def train_vae(config: Config, world: train.World) -> VAE:
     world.compile(vae.encoder, vae.decoder)
     model = train.distribute(AutoencoderLoss(vae), world)
 
-    def losses(measured: list, *batch: Tensor) -> Iterator[Tensor]:
-        for part in zip(*(x.tensor_split(parts) for x in batch)):
-            with world.autocast():
-                mse, kl = model(*part)
-            measured.append(torch.stack([mse.detach().sum(), kl.detach().sum()]))
-            yield (mse + 1e-6 * kl).sum() / c.batch
-
     with train.Run(folder, vae, c, world, show=("mse",)) as run:
         for step in run:
             frames = data[world.share(train.rows(c.seed, step, c.batch, len(data)))]
             noise = torch.randn(c.batch, c.vae_latent, side, side, generator=train.generator(c.seed, step))
-            measured: list[Tensor] = []                     # of each part
-            run.update(model, losses(measured, 2 * frames - 1, world.share(noise).to(world.device)), parts)
-            mse, kl = train.total(sum(measured)) / c.batch
-            run.log(mse=mse, kl=kl)
+            noise = world.share(noise).to(world.device)
+            total, measured = 0.0, 0.0
+            for images, eps in run.accumulate(zip((2 * frames - 1).tensor_split(parts), noise.tensor_split(parts)), model):
+                with world.autocast():
+                    mse, kl = model(images, eps)
+                loss = (mse + 1e-6 * kl).sum() / c.batch
+                (loss * world.size).backward()              # DDP averages over ranks: this makes it the sum
+                total += loss.detach()
+                measured += torch.stack([mse.detach().sum(), kl.detach().sum()])
+            mse, kl = train.total(measured) / c.batch
+            run.step(total, mse=mse, kl=kl)
     with torch.no_grad():       # latents of zero mean and unit variance: the flow mixes them with unit noise
         mean = vae.moments(2 * data[train.rows(c.seed, 0, 512, len(data))] - 1)[0]
     vae.config |= {"shift_factor": mean.mean().item(), "scaling_factor": 1 / mean.std().item()}
@@ -922,12 +922,6 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
         with world.autocast():
             return torch.cat([ddt.quantizer.vectors(ddt.encoder(x)) for x in x0.tensor_split(parts)])
 
-    def losses(results: list, others: Tensor | None, *batch: Tensor) -> Iterator[Tensor]:
-        for part in zip(*(x.tensor_split(parts) for x in batch)):
-            with world.autocast():
-                results.append(model(*part, others))
-            yield results[-1]["loss"].sum() / B
-
     with train.Run(folder, ddt, config, world, show=("mse", "mse_noise", "codes_used")) as run:
         for step in run:
             model.train()
@@ -946,10 +940,17 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                 if not ddt.past_plateau:
                     world.say(f"step {step}: quantization starts, but the error at pure noise is still {ddt.noise_mse:.2f}: the "
                               "tokens say little. Give it more --steps, a later --quantize_at, or another --seed")
-            results: list[dict[str, Tensor]] = []           # of each part
             others = of_all_ranks(vectors(x0)) if parts > 1 else None
-            taken = run.update(model, losses(results, others, x0, u, noise, token_noise), parts)
-            result = {k: torch.cat([x[k].detach() for x in results]) for k in results[0]}
+            results, total = [], 0.0
+            for part in run.accumulate(zip(*(x.tensor_split(parts) for x in (x0, u, noise, token_noise))), model):
+                with world.autocast():
+                    result = model(*part, others)
+                loss = result["loss"].sum() / B
+                (loss * world.size).backward()              # DDP averages over ranks: this makes it the sum
+                total += loss.detach()
+                results.append({k: x.detach() for k, x in result.items()})
+            taken = run.step(total)
+            result = {k: torch.cat([x[k] for x in results]) for k in results[0]}
             pure = u == 1
             at_noise = train.total(torch.stack([result["mse"][pure].sum(), pure.sum()]))
             if taken:

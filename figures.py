@@ -495,7 +495,6 @@ RL = {                              # factor -> what is drawn together: one chan
     "as it is": {"the next 8 frames": {}},
     "credit": {"the whole clip": {"whole_clip": True}, "all frames ahead": {"horizon": sim.FRAMES}},
     "known clips": {"no KL on known clips": {"keep": 0.0}},
-    "scoring": {"untruncated": {"untruncated": True}},
     "groups": {"16 groups of 4": {"prompts": 16, "group": 4}, "4 groups of 16": {"prompts": 4, "group": 16}},
     "KL": {"beta 0": {"beta": 0.0}, "beta 0.01": {"beta": 0.01}, "beta 0.04": {"beta": 0.04}},
     "SFT": {"SFT of 1000 steps": {"sft": 1000}, "SFT of 2000 steps": {"sft": 2000}},

@@ -17,7 +17,7 @@ Differences from textbook GRPO, and choices where the paper is silent
 6. A token is judged by the reward of the eight frames from its own on, not by the whole clip's: it cannot change what was
    before it, and what is long after it says little of it. Where no frame counts (the true ball has left the view) nothing is
    learnt. The paper's way is --whole_clip.
-7. The KL to the SFT model is also taken on true clips of the training range, where there are no rollouts (`as_rollout`). Without
+7. The KL to the SFT model is also taken on true clips of the training range, where there are no rollouts (`true_clips`). Without
    it the two bands that are trained pull what lies between them to themselves: at v in [2, 3] drift_error rose from 0.16 to 0.44
    while the bands improved (seed 1, the other settings as here).
 
@@ -69,11 +69,9 @@ class Config:
     ratio_clip: float = 0.2     # PPO's epsilon
     horizon: int = 8            # frames by whose reward a token is judged, its own the first of them
     whole_clip: bool = False    # ... or by all of the clip's, as in the paper
-    untruncated: bool = False   # probabilities of the whole softmax, not of the support that was drawn from (to compare)
     beta: float = 0.02          # weight of the KL to the SFT model on rollouts
     keep: float = 0.05          # ... and on clips of the training range
     # optimization
-    updates: int = 1            # per rollout
     micro: int = 32             # rollouts per backward pass: 64 at once take the CPU 1.5 to 3 times as long
     checkpointing: bool = False # keep only the blocks' inputs for the backward pass, and compute the rest again there
     steps: int = 50
@@ -127,6 +125,11 @@ def last_logits(model: nn.Module, ids: Tensor, T: int) -> Tensor:
     return model.visual_logits(model(ids[:, :-1])[:, -T:])
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Exact KL(p || q) of log-probabilities (..., V) -> (...)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def grpo_loss(logits: Tensor, logits_ref: Tensor, codes: Tensor, support: Tensor, logp_old: Tensor, advantage: Tensor,
               ratio_clip: float, beta: float) -> dict[str, Tensor]:
     """
@@ -143,7 +146,7 @@ def grpo_loss(logits: Tensor, logits_ref: Tensor, codes: Tensor, support: Tensor
     gain = torch.minimum(ratio * A, ratio.clamp(1 - ratio_clip, 1 + ratio_clip) * A)
     # KL and entropy are the untruncated policies': on a support, a code outside the reference's would make it infinite
     log_pi, log_ref = logits.float().log_softmax(-1), logits_ref.float().log_softmax(-1)
-    kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)                              # (R, T) exact
+    kl = kl_divergence(log_pi, log_ref)                                           # (R, T)
     entropy = -(log_pi.exp() * log_pi).sum(-1)
     clipped = (ratio * A > ratio.clamp(1 - ratio_clip, 1 + ratio_clip) * A).float()
     return {"loss": (-gain + beta * kl).mean(1), "kl": kl.mean(1), "entropy": entropy.detach().mean(1),
@@ -161,8 +164,6 @@ def rollout(policy: Llama, reference: Llama, ddt: DDT, clips: sim.Clips, config:
     codes, support = generate(policy, prompt, T, G, config.top_k, config.top_p, generators)       # (P, G, T)
     predicted = torch.cat([sft.decode(ddt, c.view(G, -1, K), g) for c, g in zip(codes, generators)])      # (R, 29, 3, H, W)
     codes, support = codes.flatten(0, 1), support.flatten(0, 1)                                   # (R, T)
-    if config.untruncated:
-        support = torch.ones_like(support)
     frames = torch.cat([shown.repeat_interleave(G, 0), predicted], 1)                             # (R, F, 3, H, W)
     prompt_of = torch.arange(P, device=codes.device).repeat_interleave(G)
     scores = {k: v.unflatten(0, (P, G)) for k, v in reward.reward(frames, clips[prompt_of], config.horizon).items()}
@@ -177,48 +178,35 @@ def rollout(policy: Llama, reference: Llama, ddt: DDT, clips: sim.Clips, config:
     return Rollout(ids, codes, support, logprobs(logits, codes, support), logits_ref, advantage, scores)
 
 
+@dataclass
+class TrueClips:
+    ids: Tensor                 # (B, S)        BOS and the codes of all frames
+    logits_ref: Tensor          # (B, T, V)     of the frozen SFT model, for the last T tokens
+
+    def split(self, n: int) -> list["TrueClips"]:
+        return [TrueClips(*part) for part in zip(self.ids.tensor_split(n), self.logits_ref.tensor_split(n))]
+
+
 @torch.no_grad()
-def as_rollout(reference: Llama, ddt: DDT, clips: sim.Clips) -> Rollout:
-    """True clips in a rollout's clothes, without advantage: `update` reads their KL, of ids, codes and logits_ref."""
+def true_clips(reference: Llama, ddt: DDT, clips: sim.Clips) -> TrueClips:
+    """Ground-truth clips, for the KL to the SFT model where there are no rollouts."""
     codes = sft.tokenize(ddt, clips).to(ddt.quantizer.codebook.device).long()                     # (B, F, K)
-    ids, codes = sft.sequence(reference, codes), codes[:, CONDITION:].flatten(1)                  # (B, S), (B, T)
-    logits = last_logits(reference, ids, codes.shape[1])                                          # (B, T, V)
-    support = torch.ones_like(logits, dtype=torch.bool)
-    logp = logprobs(logits, codes, support)
-    return Rollout(ids, codes, support, logp, logits, torch.zeros_like(logp), {})
+    ids = sft.sequence(reference, codes)                                                          # (B, S)
+    return TrueClips(ids, last_logits(reference, ids, codes[:, CONDITION:].flatten(1).shape[1]))
 
 
-class Loss(nn.Module):
-    """A forward of its own, so that DDP sees one."""
+class LastLogits(nn.Module):
+    """`last_logits` as a forward of its own: DDP hooks forward() only."""
 
-    def __init__(self, policy: Llama, config: Config):
+    def __init__(self, policy: Llama):
         super().__init__()
-        self.policy, self.config = policy, config
+        self.policy = policy
 
-    def forward(self, r: Rollout) -> dict[str, Tensor]:
-        logits = last_logits(self.policy, r.ids, r.codes.shape[1])
-        return grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage,
-                         self.config.ratio_clip, self.config.beta)
+    def forward(self, ids: Tensor, T: int) -> Tensor:
+        return last_logits(self.policy, ids, T)
 
 
 # ------------------------------------------------------------------ training
-
-
-def update(run: train.Run, loss_of: nn.Module, rollouts: list[Rollout], known: list[Rollout],
-           config: Config) -> tuple[list[dict], list[dict]]:
-    """One optimizer step; the parts take turns in memory -> what was measured of each, name -> (rows of the part,)."""
-    of_rollouts, of_known = [], []
-
-    def losses():                                                                 # each a share of the mean over the global batch
-        for part in rollouts:
-            of_rollouts.append(loss_of(part))
-            yield of_rollouts[-1]["loss"].sum() / (config.prompts * config.group)
-        for part in known:
-            of_known.append(loss_of(part))
-            yield config.keep * of_known[-1]["kl"].sum() / config.prompts
-
-    run.update(loss_of, losses(), len(rollouts) + len(known))
-    return of_rollouts, of_known
 
 
 def sources(config: Config) -> dict[str, Path]:
@@ -270,7 +258,7 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
     data, home = ([sim.sample(name, split, config.clips, config.seed) for name in names] for split in ("posttrain", "pretrain"))
     world.say(f"GRPO: {config.steps} steps of {config.prompts} prompts x {config.group} rollouts. "
               f"{EXPECTED.get(config.preset, '')}")
-    loss_of = train.distribute(Loss(policy, config), world)
+    policy_logits = train.distribute(LastLogits(policy), world)
     R = config.prompts * config.group
     parts, known_parts = (world.parts(config.prompts, config.micro, each) for each in (config.group, 1))
     with train.Run(folder, policy, config, world, show=("reward", "kl")) as run:
@@ -280,17 +268,29 @@ def train_grpo(config: Config, ddt: DDT, reference: Llama, world: train.World) -
             # one for each prompt: so rollouts do not depend on the number of ranks
             generators = world.share([train.generator(config.seed, step, i, device=world.device) for i in range(config.prompts)])
             r = rollout(policy, reference, ddt, clips[rows].to(world.device), config, generators)
-            known = []
+            batch = r.split(parts)
             if config.keep:                                                       # as many clips as prompts
-                known = as_rollout(reference, ddt, home[step % len(data)][rows].to(world.device)).split(known_parts)
-            for _ in range(config.updates):
-                of_rollouts, of_known = update(run, loss_of, r.split(parts), known, config)
-            result = {k: torch.cat([x[k].detach() for x in of_rollouts]) for k in of_rollouts[0]} | r.scores
+                batch += true_clips(reference, ddt, home[step % len(data)][rows].to(world.device)).split(known_parts)
+            results, total, kl_known = [], 0.0, torch.zeros((), device=world.device)
+            for part in run.accumulate(batch, policy_logits):
+                logits = policy_logits(part.ids, part.logits_ref.shape[1])
+                if isinstance(part, Rollout):
+                    result = grpo_loss(logits, part.logits_ref, part.codes, part.support, part.logp_old, part.advantage,
+                                       config.ratio_clip, config.beta)
+                    loss = result["loss"].sum() / R
+                    results.append({k: x.detach() for k, x in result.items()})
+                else:
+                    kl = kl_divergence(logits.log_softmax(-1), part.logits_ref.log_softmax(-1)).mean(1)
+                    loss = config.keep * kl.sum() / config.prompts
+                    kl_known += kl.detach().sum()
+                (loss * world.size).backward()                                    # DDP averages over ranks: this makes it the sum
+                total += loss.detach()
+            result = {k: torch.cat([x[k] for x in results]) for k in results[0]} | r.scores
             mean = {k: train.total(v.sum()) / R for k, v in result.items()}
-            kl_known = train.total(sum((x["kl"].detach().sum() for x in of_known), torch.zeros((), device=world.device)))
+            kl_known = train.total(kl_known)
             std = r.scores["reward"].std(1)
             group_std, zero = train.total(torch.stack([std.sum(), (std < NOISE).sum()])) / config.prompts
-            run.log(**{"reward": mean["reward"], "reward_std": group_std, "frac_reward_zero_std": zero,       # zero: below NOISE
+            run.step(total, **{"reward": mean["reward"], "reward_std": group_std, "frac_reward_zero_std": zero,       # zero: below NOISE
                        "rewards/velocity/mean": mean["velocity"], "rewards/mass/mean": mean["mass"],
                        "kl": mean["kl"], "kl_known": kl_known / config.prompts, "entropy": mean["entropy"],
                        "clip_ratio/region_mean": mean["clipped"]})

@@ -330,7 +330,12 @@ def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
             clips = codes[train.rows(config.seed, step, config.batch, len(codes))].long()         # (B, F, K)
             asked, read = batch_of(model, clips, near, config.corrupt, train.generator(config.seed, step))
             batch = (world.share(ids).to(world.device).tensor_split(parts) for ids in (asked, read))
-            run.update(loss_of, (loss_of(*part).sum() / config.batch for part in zip(*batch)), parts)
+            total = 0.0
+            for part in run.accumulate(zip(*batch), loss_of):
+                loss = loss_of(*part).sum() / config.batch
+                (loss * world.size).backward()                      # DDP averages over ranks: this makes it the sum
+                total += loss.detach()
+            run.step(total)
     if world.is_main:
         reward.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
     train.finish(folder, model.save, config, model, world)

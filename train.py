@@ -10,8 +10,9 @@ A stage's loop reads:
     with train.Run(folder, model, config, world) as run:    # goes on from the last checkpoint
         for step in run:                                    # saves where due
             rows = world.share(train.rows(config.seed, step, config.batch, len(data)))
-            run.update(loss_of, [loss_of(data[rows]).sum() / config.batch])     # this rank's sum / the global batch
-            run.log(accuracy=...)
+            loss = loss_of(data[rows]).sum() / config.batch         # this rank's sum / the global batch
+            (loss * world.size).backward()                          # DDP averages over ranks: this makes it the sum
+            run.step(loss, accuracy=...)
 
 Everything random in a step is drawn from a generator made of (seed, step), never from a running state. So a run that was
 killed and goes on draws what it would have drawn, and the number of ranks does not change what a step sees.
@@ -403,7 +404,7 @@ class Run:
         self.folder, self.model, self.config, self.world, self.show = folder, model, config, world, show
         self.optimizer = AdamW(model, config, world)
         self.first = resume(folder, model, self.optimizer, config, world)
-        self.step, self.skipped, self.stopping, self.line = self.first, 0, False, {}
+        self.current, self.skipped, self.stopping, self.line = self.first, 0, False, {}
 
     # -- the steps
 
@@ -429,12 +430,12 @@ class Run:
         signal.signal(number, self.handlers[number])
 
     def __iter__(self) -> Iterator[int]:
-        for self.step in range(self.first, self.config.steps):
-            yield self.step
+        for self.current in range(self.first, self.config.steps):
+            yield self.current
             self._write_line()
             stop = total(torch.tensor(float(self.stopping), device=self.world.device)) > 0      # on any rank
-            if stop or (self.step + 1) % self.config.save_every == 0 or self.step + 1 == self.config.steps:
-                checkpoint(self.folder, self.model, self.optimizer, self.step, self.config, self.world)
+            if stop or (self.current + 1) % self.config.save_every == 0 or self.current + 1 == self.config.steps:
+                checkpoint(self.folder, self.model, self.optimizer, self.current, self.config, self.world)
             if stop:
                 raise KeyboardInterrupt
 
@@ -447,37 +448,37 @@ class Run:
 
     # -- what a step does
 
-    def update(self, loss_of: nn.Module, losses: Iterable[Tensor], parts: int = 1) -> bool:
+    def accumulate(self, parts: Iterable, model: nn.Module) -> Iterator:
         """
-        A backward pass for each of `parts` losses, then one optimizer step -> whether it was taken.
+        Gradient accumulation: yields the micro-batches `parts`, of which there are as many on every rank. Under DDP the
+        gradients are averaged over the ranks in the backward pass of the last one only.
+        """
+        parts = list(parts)
+        for i, part in enumerate(parts):
+            model.require_backward_grad_sync = i + 1 == len(parts)          # of DDP; on one rank nothing looks at it
+            yield part
 
-        loss_of: the (distributed) module that computes the losses. A loss is this rank's sum over rows / the size of the
-        global batch; DDP averages gradients over ranks, so it is scaled back to a sum: ranks may hold unequal shares, but
-        all of them give as many losses. Each is computed when the last one's graph is gone, and the gradients travel with
-        the last.
+    def step(self, loss: Tensor, **metrics) -> bool:
+        """
+        One optimizer step with the gradients that there are -> whether it was taken. loss: this rank's sum over its rows /
+        the size of the global batch, for the log, beside other metrics.
+
         A loss or gradient that is not finite is left out, by all ranks together; Problem after PATIENCE of them in a row.
         """
-        losses, loss = iter(losses), 0.0
-        for i in range(parts):
-            alone = isinstance(loss_of, nn.parallel.DistributedDataParallel) and i + 1 < parts
-            with loss_of.no_sync() if alone else contextlib.nullcontext():
-                part = next(losses)
-                (part * self.world.size).backward()
-            loss = loss + part.detach()
         loss = total(loss)
         norm = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32)
                             for p in self.optimizer.params if p.grad is not None]).norm()
-        lr = learning_rate(self.step, self.config)
+        lr = learning_rate(self.current, self.config)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             clip = self.config.clip or math.inf
             self.optimizer.step(lr, (clip / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.zero_grad()
         self.skipped = 0 if finite else self.skipped + 1
-        self.log(loss=loss, grad_norm=norm, learning_rate=lr, skipped=self.skipped)
+        self.log(loss=loss, grad_norm=norm, learning_rate=lr, skipped=self.skipped, **metrics)
         if self.skipped == PATIENCE:
             last = checkpoints(self.folder)
-            raise Problem(f"{self.folder}: loss or gradient was not finite in the {PATIENCE} steps up to {self.step}: lower --lr "
+            raise Problem(f"{self.folder}: loss or gradient was not finite in the {PATIENCE} steps up to {self.current}: lower --lr "
                           f"(now {self.config.lr}), or look at the data. Last good checkpoint: {last[-1] if last else 'none'}")
         return finite
 
@@ -489,7 +490,7 @@ class Run:
         now = time.perf_counter()
         line = {k: v.item() if isinstance(v, Tensor) else v for k, v in self.line.items()}
         if self.world.is_main:
-            whole = {"step": self.step} | line | {"step_time": now - self.time}
+            whole = {"step": self.current} | line | {"step_time": now - self.time}
             short = {k: (float(f"{v:.6g}") if math.isfinite(v) else str(v)) if isinstance(v, float) else v for k, v in whole.items()}
             self.file.write(json.dumps(short) + "\n")
             self.file.flush()

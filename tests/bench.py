@@ -276,7 +276,7 @@ def bench_grpo():
     reference = lm.Llama(c).bfloat16().requires_grad_(False)
     policy = copy.deepcopy(reference).requires_grad_(True)
     policy.checkpointing = True
-    loss_of = train.distribute(grpo.Loss(policy, config), world)
+    policy_logits = train.distribute(grpo.LastLogits(policy), world)
     clips = world.share(sim.sample("uniform", "posttrain", config.prompts))
     timed(lm.Llama, "forward", lambda model, ids, cache=None: "score, and forward of training" if cache is None else
           "prefill" if ids.shape[1] > 1 else "decode")
@@ -303,8 +303,16 @@ def bench_grpo():
         r = grpo.rollout(policy, reference, tokenizer, clips, config, generators)
         held["logits and supports of rollouts"] = r.logits_ref.nbytes + r.support.nbytes
         parts = len(r.ids) // config.micro
-        known = grpo.as_rollout(reference, tokenizer, world.share(sim.sample("uniform", "pretrain", config.prompts)))
-        grpo.update(run, loss_of, r.split(parts), [known], config)
+        known = grpo.true_clips(reference, tokenizer, world.share(sim.sample("uniform", "pretrain", config.prompts)))
+        for part in run.accumulate(r.split(parts) + [known], policy_logits):
+            logits = policy_logits(part.ids, part.logits_ref.shape[1])
+            if isinstance(part, grpo.Rollout):
+                loss = grpo.grpo_loss(logits, part.logits_ref, part.codes, part.support, part.logp_old, part.advantage,
+                                      config.ratio_clip, config.beta)["loss"].sum()
+            else:
+                loss = grpo.kl_divergence(logits.log_softmax(-1), part.logits_ref.log_softmax(-1)).mean(1).sum()
+            (loss * world.size).backward()
+        run.step(loss.detach())
         whole = time.perf_counter() - begin
     plan = grpo.plan_for(config, world.size, c, torch.bfloat16, tokens)
     if world.is_main:

@@ -200,15 +200,15 @@ def test_rl(out, capsys, monkeypatch):
     asked = few(monkeypatch)
     monkeypatch.setattr(figures.sim, "SHOWN", ("iid", "ood", "slow", "fast"))
     (out / "results.json").unlink(missing_ok=True)
-    monkeypatch.setattr(figures, "RL", {"as it is": {"usual": {}}, "more": {"other": {"horizon": 2, "untruncated": True, "sft": 1000}}})
+    monkeypatch.setattr(figures, "RL", {"as it is": {"usual": {}}, "more": {"other": {"horizon": 2, "whole_clip": True, "sft": 1000}}})
     command = ["--out", str(out), "--table", "rl", "--clips", "1"]
     figures.main(command)
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("usual", "other"))}
     assert rows.keys() == {"usual", "other"} and len(rows["usual"]) == 2 + 3 + 6 * 3             # 3 numbers, 6 with +-
-    assert asked[0][4:] == [] and asked[2][4:] == ["--horizon", "2", "--untruncated"]
+    assert asked[0][4:] == [] and asked[2][4:] == ["--horizon", "2", "--whole_clip"]
     assert asked[1][:-2] == ["--preset", "tiny", "--seed", "3", "--clips", "12", "--lr", "0.0001", "--steps", "1000"]
     config = json.loads((out / "rl" / "other" / "grpo" / "trained.json").read_text())
-    assert config["horizon"] == 2 and config["untruncated"] and config["seed"] == 3
+    assert config["horizon"] == 2 and config["whole_clip"] and config["seed"] == 3
     log = [json.loads(line) for line in (out / "rl" / "other" / "grpo" / "log.jsonl").read_text().splitlines()]
     curve = [sum(line["reward"] for line in log[i:i + 5]) / 5 for i in range(5)]                 # 9 steps
     assert rows["other"][2] == f"{sum(curve) / 5:.3f}"

@@ -258,7 +258,7 @@ def test_ratio_is_one_before_the_first_update(rollout):
     policy, _, _, _, config, r = rollout
     logits = grpo.last_logits(policy, r.ids, r.codes.shape[1])
     assert torch.equal(logprobs(logits, r.codes, r.support), r.logp_old)
-    result = grpo.Loss(policy, config)(r)
+    result = grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage, config.ratio_clip, config.beta)
     torch.testing.assert_close(result["loss"], -r.advantage.mean(1) + config.beta * result["kl"], rtol=0, atol=1e-5)
     assert not result["clipped"].any() and result["kl"].min() > 1e-4
     agree = truncate(logits, config.top_k, config.top_p) == r.support    # sampled with a cache, this without
@@ -303,42 +303,28 @@ def test_a_token_is_judged_by_the_frames_from_its_own_on(rollout):
         assert torch.equal(result.advantage, expected.repeat_interleave(2, 1)) and expected.abs().max() > 0.1
 
 
-def test_untruncated_scoring_is_of_the_whole_softmax(rollout):
-    policy, reference, ddt, clips, config, r = rollout
-    whole = grpo.rollout(policy, reference, ddt, clips, dataclasses.replace(config, untruncated=True), [seeded(i) for i in range(3)])
-    assert torch.equal(whole.codes, r.codes) and whole.support.all()
-    logp = grpo.last_logits(policy, r.ids, r.codes.shape[1]).log_softmax(-1).gather(-1, r.codes[..., None])[..., 0]
-    torch.testing.assert_close(whole.logp_old, logp, rtol=0, atol=1e-5)
-    assert (whole.logp_old < r.logp_old - 1e-3).any()
+def test_true_clips_hold_the_policy_where_it_was(rollout):
+    """Their KL is nothing at the reference, and a step from elsewhere goes back to it."""
+    _, reference, ddt, _, _, _ = rollout
+    clips = grpo.true_clips(reference, ddt, sim.sample("uniform", "pretrain", 5))
+    assert clips.ids.shape == (5, 65) and clips.logits_ref.shape == (5, 58, 256)
+    halves = clips.split(2)
+    assert [len(part.ids) for part in halves] == [3, 2] and torch.equal(torch.cat([part.ids for part in halves]), clips.ids)
 
-
-def test_known_clips_hold_the_policy_where_it_was(rollout):
-    """Only the KL is left of their loss: nothing at the reference, and a step from elsewhere goes back to it."""
-    _, reference, ddt, _, config, _ = rollout
-    known = grpo.as_rollout(reference, ddt, sim.sample("uniform", "pretrain", 5))
-    assert known.ids.shape == (5, 65) and known.codes.shape == (5, 58) and not known.advantage.any()
-    at_home = grpo.Loss(reference, config)(known)
-    assert at_home["kl"].abs().max() < 1e-6 and at_home["loss"].abs().max() < 1e-6
+    def kl(policy):
+        logits = grpo.LastLogits(policy)(clips.ids, 58)
+        return grpo.kl_divergence(logits.log_softmax(-1), clips.logits_ref.log_softmax(-1)).mean()
+    assert kl(reference).abs() < 1e-6
     policy = copy.deepcopy(reference)
     with torch.no_grad():
         policy.head.add_(0.05 * torch.randn(policy.head.shape, generator=seeded(5)))
-    loss_of = grpo.Loss(policy, config)
-
-    class Run:
-        def update(self, loss_of, losses, parts):
-            self.losses = list(losses)
-            assert len(self.losses) == parts
-    run = Run()
-    rollouts, measured = grpo.update(run, loss_of, [], known.split(2), dataclasses.replace(config, prompts=5, keep=0.3))
-    kl = loss_of(known)["kl"]
-    torch.testing.assert_close(sum(run.losses), 0.3 * kl.mean())
-    torch.testing.assert_close(torch.cat([x["kl"] for x in measured]), kl)
-    assert kl.min() > 1e-3 and not rollouts
+    before = kl(policy)
+    assert before > 1e-3
     policy.head.requires_grad_(True)
-    gradient = torch.autograd.grad(loss_of(known)["kl"].mean(), policy.head)[0]
+    gradient = torch.autograd.grad(kl(policy), policy.head)[0]
     with torch.no_grad():
         policy.head.sub_(gradient)
-    assert loss_of(known)["kl"].mean() < kl.mean()
+    assert kl(policy) < before
 
 
 def test_a_rollout_does_not_depend_on_the_others_of_its_batch(rollout):

@@ -136,7 +136,9 @@ def step_of(world):
     model = mlp()
     everywhere = train.distribute(model, world)
     with tempfile.TemporaryDirectory() as folder, train.Run(Path(folder), model, config, world) as run:
-        assert run.update(everywhere, [(everywhere(world.share(x)) - world.share(y)).square().sum() / ROWS])
+        loss = (everywhere(world.share(x)) - world.share(y)).square().sum() / ROWS
+        (loss * world.size).backward()
+        assert run.step(loss)
         return [*model.state_dict().values(), run.line["grad_norm"], run.line["loss"]]
 
 
@@ -210,7 +212,9 @@ def test_only_matrices_decay(tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with train.Run(tmp_path, model, config, ALONE) as run:
         assert len(run.optimizer.params) == 5
-        run.update(model, [sum((0 * p).sum() for p in model.parameters())])
+        loss = sum((0 * p).sum() for p in model.parameters())
+        loss.backward()
+        run.step(loss)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name] * (1 - 0.1 * 0.5 if value.ndim == 2 else 1))
 
@@ -268,8 +272,11 @@ def test_update_clips_and_reports(clip, tmp_path):
     gradient = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     norm = torch.cat([g.flatten() for g in gradient]).norm().item()
     with train.Run(tmp_path, model, config, ALONE) as run:
-        run.step = 1
-        assert run.update(model, [model(x).square().sum()])
+        run.current = 1
+        loss = model(x).square().sum()
+        loss.backward()
+        assert run.step(loss, kl=2.0)
+        assert run.line.pop("kl") == 2.0
         assert {k: float(v) for k, v in run.line.items()} == pytest.approx(
             {"loss": model_loss(x), "grad_norm": norm, "learning_rate": 0.2 * 2 / 4, "skipped": 0}) and norm > 1
     matrices, vectors = (bucket.state()["exp_avg"] for bucket in run.optimizer.buckets)
@@ -289,7 +296,12 @@ def test_parts_of_a_loss_add_up(tmp_path):
     for parts in (1, 3):
         model = mlp()
         with train.Run(tmp_path, model, config, ALONE) as run:
-            run.update(model, (model(part).square().sum() / 6 for part in x.tensor_split(parts)), parts)
+            total = 0.0
+            for part in run.accumulate(x.tensor_split(parts), model):
+                loss = model(part).square().sum() / 6
+                loss.backward()
+                total += loss.detach()
+            run.step(total)
             assert run.line["loss"] == pytest.approx(model_loss(x) / 6)
         after.append(torch.cat([p.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*after)
@@ -311,7 +323,9 @@ def test_what_is_not_finite_is_left_out(tmp_path):
         for step in run:
             before = {k: v.clone() for k, v in model.state_dict().items()}
             fine = step < 8 or step == 17
-            assert run.update(model, [model(good if fine else bad).sum()]) == fine
+            loss = model(good if fine else bad).sum()
+            loss.backward()
+            assert run.step(loss) == fine
             assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) != fine
     assert all(word in str(problem.value) for word in (str(tmp_path), "10 steps up to 27", "--lr", "checkpoint-00000027"))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -333,8 +347,12 @@ def fit(folder, config, stop=None, model=None, world=ALONE, micro=0):
                 break
             x = data[train.rows(config.seed, step, config.batch, len(data))]
             x = world.share(torch.cat([x, 0.1 * torch.randn(x.shape, generator=train.generator(config.seed, step))], 1))
-            run.update(everywhere, ((everywhere(part[:, :4] + part[:, 4:]) - part[:, :2]).square().sum() / config.batch
-                                    for part in x.tensor_split(parts)), parts)
+            total = 0.0
+            for part in run.accumulate(x.tensor_split(parts), everywhere):
+                loss = (everywhere(part[:, :4] + part[:, 4:]) - part[:, :2]).square().sum() / config.batch
+                (loss * world.size).backward()
+                total += loss.detach()
+            run.step(total)
     return model, run.first
 
 
@@ -389,7 +407,9 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
         for step in run:
             if step == 4:
                 os.kill(os.getpid(), number)
-            run.update(model, [model(torch.ones(1, 4)).sum()])
+            loss = model(torch.ones(1, 4)).sum()
+            loss.backward()
+            run.step(loss)
     assert step == 4 and whole(tmp_path) == ["checkpoint-00000005"] and signal.getsignal(number) == before
     assert fit(tmp_path, config)[1] == 5
 
