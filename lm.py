@@ -72,58 +72,51 @@ class LlamaConfig:
     n_visual: int = 0                       # the last ids of the vocabulary are visual codes
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "max_position_embeddings")
-        for name in sizes:
+        def check(good: bool, name: str, wanted: str) -> None:
+            if not good:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: it must be {wanted}")
+
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim",
+                     "max_position_embeddings"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} = {value!r}: it must be a whole number above 0")
+            check(type(value) is int and value > 0, name, "a positive integer")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(f"{name} = {value!r}: it must be a number above 0")
+            check(isinstance(value, (int, float)) and value > 0, name, "a positive number")
         for name in ("tie_word_embeddings", "attention_bias"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} = {value!r}: it must be true or false")
+            check(isinstance(getattr(self, name), bool), name, "true or false")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            ids = value if isinstance(value, list) else [value]
-            if value is not None and not all(type(i) is int and i >= 0 for i in ids):
-                raise ValueError(f"{name} = {value!r}: it must be an id")
-        if self.rope_scaling is not None:
-            for name in LLAMA3.keys() - {"rope_type"}:
-                if not isinstance(self.rope_scaling.get(name), (int, float)):
-                    raise ValueError(f"rope_scaling = {self.rope_scaling}: {name} must be a number")
-        if type(self.n_visual) is not int or not 0 <= self.n_visual <= self.vocab_size:
-            raise ValueError(f"n_visual = {self.n_visual!r}: it must be 0 to vocab_size")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads on {self.num_key_value_heads} of "
-                             "keys and values: the first must be a multiple of the second")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim}: it must be even")
+            ids = value if isinstance(value, list) else [0 if value is None else value]
+            check(all(type(i) is int and i >= 0 for i in ids), name, "an id")
+        scaling = self.rope_scaling or LLAMA3
+        for key in LLAMA3.keys() - {"rope_type"}:
+            good = isinstance(scaling.get(key), (int, float))
+            check(good, "rope_scaling", f"given a number for {key}")
+        codes = self.n_visual
+        check(type(codes) is int and 0 <= codes <= self.vocab_size, "n_visual", "0 to vocab_size")
+        check(self.head_dim % 2 == 0, "head_dim", "even")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"{heads} heads on {kv_heads} of keys and values: must be a multiple")
 
 
 CONFIGS = {
+    # vocabulary, width, MLP, layers, heads, key-value heads, head_dim, eps, theta
     "llama-2-7b": LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32, head_dim=128, rope_theta=1e4,
+        32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 1e4,
         bos_token_id=1, eos_token_id=2, max_position_embeddings=4096),
     "llama-3.1-8b": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=5e5,
-        rope_scaling=LLAMA3, bos_token_id=128000, eos_token_id=128001,
-        max_position_embeddings=131072),
+        128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, LLAMA3,
+        bos_token_id=128000, eos_token_id=128001, max_position_embeddings=131072),
     "qwen2.5-1.5b": LlamaConfig(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, head_dim=128, rope_theta=1e6,
-        rms_norm_eps=1e-6, tie_word_embeddings=True, attention_bias=True,
+        151936, 1536, 8960, 28, 12, 2, 128, 1e-6, 1e6,
+        tie_word_embeddings=True, attention_bias=True,
         bos_token_id=151643, eos_token_id=151643, max_position_embeddings=131072),
     "qwen2.5-7b": LlamaConfig(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4, head_dim=128, rope_theta=1e6,
-        rms_norm_eps=1e-6, attention_bias=True,
+        152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6,
+        attention_bias=True,
         bos_token_id=151643, eos_token_id=151643, max_position_embeddings=131072),
 }
 
@@ -136,7 +129,7 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     frequency = config.rope_theta ** (-channel / config.head_dim)
     scaling = config.rope_scaling
-    if scaling is None:
+    if not scaling:
         return frequency
     # Llama 3.1 divides the slow frequencies by `factor`, keeps the fast ones, and blends between
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -200,8 +193,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()                                           # fp32 whatever the weights are
+        weighted = self.weight.float() * h
         scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * h * scale).to(x.dtype)
+        return (weighted * scale).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -228,7 +222,7 @@ class Attention(nn.Module):
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v)                # (B, kv_heads, length + S, head_dim)
+            k, v = cache.write(self.layer, k, v)                # S: the cached positions, too
         kv_heads = k.shape[1]
         if S == 1:
             # heads that share keys become the queries of one attention: no key is repeated
@@ -548,18 +542,12 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
                    "merges.txt", "special_tokens_map.json", "added_tokens.json")
 META_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }
 
 
@@ -581,11 +569,12 @@ def is_meta(folder: Path) -> bool:
 def read_config(folder) -> LlamaConfig:
     """The architecture of the model in a folder. Raises ValueError as Llama.load does."""
     folder = Path(folder)
-    path = folder / ("params.json" if is_meta(folder) else "config.json")
+    weights = read_meta(folder) if is_meta(folder) else {}
+    path = folder / ("params.json" if weights else "config.json")
     raw = read_json(path)
     try:
-        if is_meta(folder):
-            return config_from_meta(raw, len(read_meta(folder)["tok_embeddings.weight"]))
+        if weights:
+            return config_from_meta(raw, len(weights["tok_embeddings.weight"]))
         return config_from_json(raw)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from None
@@ -624,10 +613,7 @@ def config_from_json(raw: dict) -> LlamaConfig:
 
     heads = raw["num_attention_heads"]
     return LlamaConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
+        raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
@@ -646,9 +632,7 @@ def config_to_json(config: LlamaConfig) -> dict:
     """config.json that transformers 4 and 5 both understand."""
     raw = dataclasses.asdict(config)
     qwen = raw.pop("attention_bias")
-    raw["model_type"] = "qwen2" if qwen else "llama"
-    raw["hidden_act"] = "silu"
-    raw["use_cache"] = True
+    raw |= {"model_type": "qwen2" if qwen else "llama", "hidden_act": "silu", "use_cache": True}
     raw["architectures"] = ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"]
     rope = {"rope_type": "default"} | (config.rope_scaling or {})
     raw["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
@@ -668,10 +652,7 @@ def config_from_meta(raw: dict, vocab_size: int) -> LlamaConfig:
         if known.vocab_size == vocab_size:
             bos, eos = known.bos_token_id, known.eos_token_id
     return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=multiple * math.ceil(mlp_width / multiple),
-        num_hidden_layers=raw["n_layers"],
+        vocab_size, width, multiple * math.ceil(mlp_width / multiple), raw["n_layers"],
         num_attention_heads=heads,
         num_key_value_heads=raw.get("n_kv_heads") or heads,
         head_dim=width // heads,
@@ -686,23 +667,20 @@ def config_from_meta(raw: dict, vocab_size: int) -> LlamaConfig:
 def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -> Llama:
     config = read_config(folder)
     if n_visual and config.n_visual not in (0, n_visual):
-        raise ValueError(f"{folder} has {config.n_visual} visual codes already; {n_visual} were "
-                         "asked for")
+        raise ValueError(f"{folder} has {config.n_visual} visual codes, not n_visual = {n_visual}")
     with torch.device("meta"):                                  # shapes without memory
         model = Llama(config)
     missing = dict(model.named_parameters())
     tensors = meta_tensors if is_meta(folder) else hugging_face_tensors
     for path, name, value in tensors(folder, config):
         if name not in missing:
-            raise ValueError(f"{path} holds {name}, which this model does not have (or has "
-                             "already)")
+            raise ValueError(f"{path} holds {name}: this model has none, or has it already")
         shape = missing.pop(name).shape
         if value.shape != shape:
-            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, {folder.name}'s config asks "
-                             f"for {tuple(shape)}")
+            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, the config asks for "
+                             f"{tuple(shape)}")
         if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{path}: {name} is {value.dtype}; only float32, bfloat16 and float16 "
-                             "are supported")
+            raise ValueError(f"{path}: {name} is {value.dtype}, not float32, bfloat16 or float16")
         dtype = dtype or value.dtype
         value = value.to(device or "cpu", dtype, copy=True)     # a copy: no tie to the file
         if not torch.isfinite(value).all():
@@ -760,14 +738,14 @@ def read_meta(folder: Path) -> dict[str, Tensor]:
     if len(files) > 1:
         raise ValueError(f"{folder} is split for {len(files)} GPUs ({files[-1].name}): convert it "
                          "to Hugging Face's layout")
+    broken = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
     try:
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError,
-            pickle.UnpicklingError) as error:
+    except broken as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as plain weights ({reason})") from None
-    if not isinstance(weights, dict) or not all(
-            isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
+    if not isinstance(weights, dict) or \
+            not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
         raise ValueError(f"{path} is not a dictionary of tensors")
     if "tok_embeddings.weight" not in weights:
         raise ValueError(f"{path} lacks tok_embeddings.weight: it is not a whole Llama")
@@ -803,15 +781,12 @@ def save_model(model: Llama, folder: Path) -> None:
     def part(name: str) -> Path:
         return folder / f"{name}.part"
 
-    dtype = str(model.head.dtype).removeprefix("torch.")
     config = config_to_json(model.config)
-    generation = {"_from_model_config": True}
-    for key in ("bos_token_id", "eos_token_id"):
-        if config[key] is not None:
-            generation[key] = config[key]
+    dtype = str(model.head.dtype).removeprefix("torch.")
+    special = {k: config[k] for k in ("bos_token_id", "eos_token_id") if config[k] is not None}
     texts = {
         "config.json": config | {"dtype": dtype, "torch_dtype": dtype},
-        "generation_config.json": generation,
+        "generation_config.json": {"_from_model_config": True} | special,
     }
     for name, content in texts.items():
         part(name).write_text(json.dumps(content, indent=2) + "\n")
