@@ -26,6 +26,7 @@ Units: world units (the view is 10 x 10, y up), seconds, units per second. Frame
 import argparse
 import dataclasses
 import math
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ import numpy as np
 import pymunk
 import pymunk.batch
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SCENARIOS = ("uniform", "parabola", "collision")
@@ -311,38 +312,107 @@ def to_uint8(frames: Tensor) -> Tensor:
     return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _tile(rows: list[Tensor], labels: list[str], pixels: int) -> Image.Image:
-    """Rows of pictures [(n, 3, H, W), ...] -> one picture, a label to the left of each row."""
-    gap, margin = 3, (8 + 6 * max(map(len, labels)) if labels else 0)
-    height, width = len(rows) * (pixels + gap) + gap, margin + len(rows[0]) * (pixels + gap) + gap
-    canvas = Image.new("RGB", (width, height), (120, 120, 120))
+def save_picture(path, picture: Image.Image, **options) -> None:
+    """Writes aside and renames: a write that breaks off leaves no half picture."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    try:
+        picture.save(aside, format=path.suffix[1:], **options)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _tile(groups: list, columns: list[str], spans: list, given: int, pixels: int) -> Image.Image:
+    """
+    A table of pictures, drawn at twice the size and reduced.
+
+    groups: (title, {label: pictures (n, 3, H, W)}, balls), set apart from each other; balls, (centres (N, 2), radii (N,))
+    of each column, are outlined over every picture. columns: n headings. spans: (text, first, end) over the headings.
+    The first `given` columns are framed in blue.
+    """
+    font = ImageFont.load_default(size=26)
+    side, gap, line = 2 * pixels, 8, 36
+    ink, grey, blue = (30, 30, 30), (190, 190, 190), (0, 90, 180)
+    labels = [label for _, rows, _ in groups for label in rows]
+    left = gap + max(int(font.getlength(label)) + 2 * gap if label else 0 for label in labels)
+    lines = max(heading.count("\n") + 1 if heading else 0 for heading in columns)
+    top = gap + line * (lines + bool(spans)) + gap * bool(spans)
+    height = top + sum(line * bool(title) + len(rows) * (side + gap) + 2 * gap for title, rows, _ in groups)
+    canvas = Image.new("RGB", (left + len(columns) * (side + gap), height), "white")
     draw = ImageDraw.Draw(canvas)
-    if labels:
-        draw.rectangle((0, 0, margin, height), fill="white")
-    for i, row in enumerate(rows):
-        y = gap + i * (pixels + gap)
-        if labels:
-            draw.text((4, y + pixels // 2 - 6), labels[i], fill="black")
-        for j, picture in enumerate(to_uint8(row).permute(0, 2, 3, 1).cpu().numpy()):
-            canvas.paste(Image.fromarray(picture).resize((pixels, pixels), Image.NEAREST),
-                         (margin + gap + j * (pixels + gap), y))
-    return canvas
+    x = [left + column * (side + gap) for column in range(len(columns) + 1)]
+    for text, first, end in spans:
+        color, middle = blue if first < given else ink, (x[first] + x[end] - gap) / 2
+        draw.text((middle, line), text, color, font, anchor="ms")
+        draw.line((x[first], line + gap, x[end] - gap - 1, line + gap), color, width=3)
+    for column, heading in enumerate(columns):
+        for i, text in enumerate(reversed(heading.split("\n"))):
+            draw.text((x[column] + side / 2, top - gap - i * line), text, ink, font, anchor="ms")
+    y = top
+    for title, rows, balls in groups:
+        if title:
+            y += line
+            draw.text((left, y - gap), title, ink, font, anchor="ls", stroke_width=0.5)
+        for label, pictures in rows.items():
+            draw.text((left - 2 * gap, y + pixels), label, ink, font, anchor="rm")
+            for column, picture in enumerate(to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()):
+                tile = Image.fromarray(picture).resize((side, side), Image.BICUBIC)
+                brush = ImageDraw.Draw(tile)
+                for center, radius in zip(*balls[column]) if balls else ():
+                    a, b, r = (value * side / WORLD for value in (*center.tolist(), radius.item()))
+                    brush.ellipse((a - r, side - b - r, a + r, side - b + r), outline=ink, width=3)
+                color, width = (blue, 6) if column < given else (grey, 2)
+                brush.rectangle((0, 0, side - 1, side - 1), outline=color, width=width)
+                canvas.paste(tile, (x[column], y))
+            y += side + gap
+        y += 2 * gap
+    return canvas.reduce(2)
 
 
-def save_strip(path, rows: list[Tensor], labels: list[str] = (), every: int = 4, pixels: int = 96) -> None:
-    """A film strip: one row per clip (F, 3, H, W), every `every`-th frame and the last, written as one PNG."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    shown = [*range(0, len(rows[0]), every)]
-    shown += [] if shown[-1] == len(rows[0]) - 1 else [len(rows[0]) - 1]
-    _tile([row[shown] for row in rows], list(labels), pixels).save(path)
+def save_strip(path, videos: dict[str, Tensor], names: list[str], *, truth: list[Clips] = (), given: int = 0,
+               every: int = 4, columns: list[str] = (), pixels: int = 80) -> None:
+    """
+    A film strip as one PNG. Each clip is a group of rows, one row per label.
+
+    videos: {label: (n, F, 3, H, W)}; names: the n clips'. Every `every`-th frame is shown, from the last of the `given`
+    first ones on, below its time; with headings in `columns`, all F pictures are shown below those. truth: n times one
+    clip, whose balls are outlined over every picture.
+    """
+    F = next(iter(videos.values())).shape[1]
+    shown = list(range(F) if columns else range(max(given - 1, 0), F, every))
+    columns = list(columns) or [f"{DT * f:.1f} s" for f in shown]
+    groups = []
+    for i, name in enumerate(names):
+        balls = [(truth[i].position[0, f], truth[i].radius[0]) for f in shown] if truth else None
+        groups.append((name.replace("\n", ", "), {label: video[i, shown] for label, video in videos.items()}, balls))
+    n = sum(f < given for f in shown)
+    spans = [("given", 0, n), ("predicted", n, len(shown))] if n else []
+    save_picture(path, _tile(groups, columns, spans, n, pixels))
 
 
-def save_gif(path, rows: list[Tensor], labels: list[str] = (), pixels: int = 160) -> None:
-    """A moving picture: rows[i] is a batch of clips (n, F, 3, H, W) side by side; rows stand below each other."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    images = [_tile([row[:, f] for row in rows], list(labels), pixels) for f in range(rows[0].shape[1])]
-    images = [image.convert("P", palette=Image.ADAPTIVE) for image in images]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=int(1000 * DT), loop=0)
+def save_gif(path, videos: dict[str, Tensor], names: list[str], *, truth: list[Clips] = (), given: int = 0,
+             pixels: int = 128) -> None:
+    """
+    A moving picture in real time: clips side by side, a row per label; for the arguments see `save_strip`.
+
+    The last given frame is held for half a second and the last of all for one and a half.
+    """
+    F, n, images = next(iter(videos.values())).shape[1], len(names), []
+    for f in range(F):
+        rows = {label: video[:, f] for label, video in videos.items()}
+        balls = [(clip.position[0, f], clip.radius[0]) for clip in truth]
+        text = f"{'given' if f < given else 'predicted'}, {DT * f:.1f} s" if given else f"{DT * f:.1f} s"
+        images.append(_tile([("", rows, balls)], names, [(text, 0, n)], n * (f < given), pixels))
+    stack = Image.fromarray(np.concatenate(images)).quantize(64, dither=Image.Dither.NONE)
+    width, height = images[0].size
+    colors, white = stack.getpalette(), 3 * stack.getpixel((0, 0))
+    stack.putpalette(colors[:white] + [255, 255, 255] + colors[white + 3:])          # exactly white
+    images = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(F)]
+    hold = {given - 1: 500, F - 1: 1500}
+    duration = [hold.get(f, int(1000 * DT)) for f in range(F)]
+    save_picture(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -359,8 +429,9 @@ def main(argv: list[str] | None = None) -> None:
             clips = sample(scenario, args.split, 4, args.seed)
             frames = render(clips.position, clips.radius, args.size)
             off = (clips.position - closed_form(clips)).norm(dim=-1).max()
-            save_gif(Path(args.out, f"{scenario}.gif"), [frames])
-            save_strip(Path(args.out, f"{scenario}.png"), list(frames))
+            names = [f"{args.split} {i + 1}" for i in range(len(clips))]
+            save_gif(Path(args.out, f"{scenario}.gif"), {"": frames}, names)
+            save_strip(Path(args.out, f"{scenario}.png"), dict(zip(names, frames[:, None])), [""])
             print(f"{scenario:10s} {args.out}/{scenario}.gif, .png   4 {args.split} clips, at most {off:.4f} units "
                   "from the closed form")
     except (ValueError, OSError) as error:
