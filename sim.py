@@ -328,21 +328,21 @@ def _tile(groups: list, columns: list[str], spans: list, given: int, pixels: int
     """
     A table of pictures, drawn at twice the size and reduced.
 
-    groups: (title, {label: pictures (n, 3, H, W)}, balls), set apart from each other; balls, (centres (N, 2), radii (N,))
-    of each column, are outlined over every picture. columns: n headings. spans: (text, first, end) over the headings.
-    The first `given` columns are framed in blue.
+    groups: (title, {label: pictures (n, 3, H, W)}, balls), set apart from each other; `balls`, per
+    column (centres (N, 2), radii (N,)), are outlined over every picture. columns: n headings.
+    spans: (text, first, end) over the headings. The first `given` columns are framed in blue.
     """
     font = ImageFont.load_default(size=26)
     side, gap, line = 2 * pixels, 8, 36
     ink, grey, blue = (30, 30, 30), (190, 190, 190), (0, 90, 180)
     labels = [label for _, rows, _ in groups for label in rows]
     left = gap + max(int(font.getlength(label)) + 2 * gap if label else 0 for label in labels)
-    lines = max(heading.count("\n") + 1 if heading else 0 for heading in columns)
+    lines = max(heading.count("\n") + bool(heading) for heading in columns)
     top = gap + line * (lines + bool(spans)) + gap * bool(spans)
-    height = top + sum(line * bool(title) + len(rows) * (side + gap) + 2 * gap for title, rows, _ in groups)
-    canvas = Image.new("RGB", (left + len(columns) * (side + gap), height), "white")
-    draw = ImageDraw.Draw(canvas)
+    heights = [line * bool(title) + len(rows) * (side + gap) + 2 * gap for title, rows, _ in groups]
     x = [left + column * (side + gap) for column in range(len(columns) + 1)]
+    canvas = Image.new("RGB", (x[-1], top + sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
     for text, first, end in spans:
         color, middle = blue if first < given else ink, (x[first] + x[end] - gap) / 2
         draw.text((middle, line), text, color, font, anchor="ms")
@@ -357,7 +357,8 @@ def _tile(groups: list, columns: list[str], spans: list, given: int, pixels: int
             draw.text((left, y - gap), title, ink, font, anchor="ls", stroke_width=0.5)
         for label, pictures in rows.items():
             draw.text((left - 2 * gap, y + pixels), label, ink, font, anchor="rm")
-            for column, picture in enumerate(to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()):
+            images = to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
+            for column, picture in enumerate(images):
                 tile = Image.fromarray(picture).resize((side, side), Image.BICUBIC)
                 brush = ImageDraw.Draw(tile)
                 for center, radius in zip(*balls[column]) if balls else ():
@@ -371,48 +372,51 @@ def _tile(groups: list, columns: list[str], spans: list, given: int, pixels: int
     return canvas.reduce(2)
 
 
-def save_strip(path, videos: dict[str, Tensor], names: list[str], *, truth: list[Clips] = (), given: int = 0,
-               every: int = 4, columns: list[str] = (), pixels: int = 80) -> None:
+def save_strip(path, videos: dict[str, Tensor], names: list[str], *, truth: list[Clips] = (),
+               given: int = 0, every: int = 4, columns: list[str] = (), pixels: int = 80) -> None:
     """
     A film strip as one PNG. Each clip is a group of rows, one row per label.
 
-    videos: {label: (n, F, 3, H, W)}; names: the n clips'. Every `every`-th frame is shown, from the last of the `given`
-    first ones on, below its time; with headings in `columns`, all F pictures are shown below those. truth: n times one
-    clip, whose balls are outlined over every picture.
+    videos: {label: (n, F, 3, H, W)}; names: one per clip. truth: n times one clip, whose balls are
+    outlined over every picture. Shown are the last of the `given` frames, framed, and from there every
+    `every`-th, under their times; with headings in `columns`, all F pictures under those.
     """
     F = next(iter(videos.values())).shape[1]
     shown = list(range(F) if columns else range(max(given - 1, 0), F, every))
     columns = list(columns) or [f"{DT * f:.1f} s" for f in shown]
     groups = []
     for i, name in enumerate(names):
-        balls = [(truth[i].position[0, f], truth[i].radius[0]) for f in shown] if truth else None
-        groups.append((name.replace("\n", ", "), {label: video[i, shown] for label, video in videos.items()}, balls))
+        rows = {label: video[i, shown] for label, video in videos.items()}
+        balls = [(truth[i].position[0, f], truth[i].radius[0]) for f in shown] if truth else ()
+        groups.append((name.replace("\n", ", "), rows, balls))
     n = sum(f < given for f in shown)
     spans = [("given", 0, n), ("predicted", n, len(shown))] if n else []
     save_picture(path, _tile(groups, columns, spans, n, pixels))
 
 
-def save_gif(path, videos: dict[str, Tensor], names: list[str], *, truth: list[Clips] = (), given: int = 0,
-             pixels: int = 128) -> None:
+def save_gif(path, videos: dict[str, Tensor], names: list[str], *, truth: list[Clips] = (),
+             given: int = 0, pixels: int = 128) -> None:
     """
-    A moving picture in real time: clips side by side, a row per label; for the arguments see `save_strip`.
+    A moving picture: clips side by side under their names, a row per label (see `save_strip`).
 
-    The last given frame is held for half a second and the last of all for one and a half.
+    It plays in real time, but holds the last given frame for 0.5 s and the last of all for 1.5 s.
     """
     F, n, images = next(iter(videos.values())).shape[1], len(names), []
     for f in range(F):
         rows = {label: video[:, f] for label, video in videos.items()}
         balls = [(clip.position[0, f], clip.radius[0]) for clip in truth]
-        text = f"{'given' if f < given else 'predicted'}, {DT * f:.1f} s" if given else f"{DT * f:.1f} s"
+        text = f"{DT * f:.1f} s"
+        if given:
+            text = f"{'given' if f < given else 'predicted'}, {text}"
         images.append(_tile([("", rows, balls)], names, [(text, 0, n)], n * (f < given), pixels))
     stack = Image.fromarray(np.concatenate(images)).quantize(64, dither=Image.Dither.NONE)
     width, height = images[0].size
     colors, white = stack.getpalette(), 3 * stack.getpixel((0, 0))
     stack.putpalette(colors[:white] + [255, 255, 255] + colors[white + 3:])          # exactly white
-    images = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(F)]
+    first, *others = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(F)]
     hold = {given - 1: 500, F - 1: 1500}
-    duration = [hold.get(f, int(1000 * DT)) for f in range(F)]
-    save_picture(path, images[0], save_all=True, append_images=images[1:], duration=duration, loop=0)
+    duration = [hold.get(f, int(1000 * DT)) for f in range(F)]                       # milliseconds
+    save_picture(path, first, save_all=True, append_images=others, duration=duration, loop=0)
 
 
 def main(argv: list[str] | None = None) -> None:
