@@ -338,8 +338,8 @@ def _tile(groups: list, columns: list[str], spans: list, given: int, pixels: int
     labels = [label for _, rows, _ in groups for label in rows]
     left = gap + max(int(font.getlength(label)) + 2 * gap if label else 0 for label in labels)
     lines = max(heading.count("\n") + bool(heading) for heading in columns)
-    top = gap + line * (lines + bool(spans)) + gap * bool(spans)
-    heights = [line * bool(title) + len(rows) * (side + gap) + 2 * gap for title, rows, _ in groups]
+    top = gap + line * lines + (line + gap) * bool(spans)
+    heights = [(line + gap) * bool(title) + len(rows) * (side + gap) + 2 * gap for title, rows, _ in groups]
     x = [left + column * (side + gap) for column in range(len(columns) + 1)]
     canvas = Image.new("RGB", (x[-1], top + sum(heights)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -353,7 +353,7 @@ def _tile(groups: list, columns: list[str], spans: list, given: int, pixels: int
     y = top
     for title, rows, balls in groups:
         if title:
-            y += line
+            y += line + gap
             draw.text((left, y - gap), title, ink, font, anchor="ls", stroke_width=0.5)
         for label, pictures in rows.items():
             draw.text((left - 2 * gap, y + pixels), label, ink, font, anchor="rm")
@@ -378,8 +378,8 @@ def save_strip(path, videos: dict[str, Tensor], names: list[str], *, truth: list
     A film strip as one PNG. Each clip is a group of rows, one row per label.
 
     videos: {label: (n, F, 3, H, W)}; names: one per clip. truth: n times one clip, whose balls are
-    outlined over every picture. Shown are the last of the `given` frames, framed, and from there every
-    `every`-th, under their times; with headings in `columns`, all F pictures under those.
+    outlined over every picture. Shown are the last of the `given` frames, framed, and from there on
+    every `every`-th, under their times; with headings in `columns`, all F pictures under those.
     """
     F = next(iter(videos.values())).shape[1]
     shown = list(range(F) if columns else range(max(given - 1, 0), F, every))

@@ -2,8 +2,7 @@
 Charts and heat maps as PNGs, with Pillow alone: drawn at twice the size and reduced.
 
 `chart` draws curves: round ticks, axis titles, a legend where no curve is, running means over
-pale raw curves. `heat_maps` draws a measure over radius and speed, the training range and the bands of RL.
-Nothing here computes a result: `python -m experiments.figures` does.
+pale raw curves. `heat_maps` draws a measure over radius and speed, with the ranges of training.
 """
 import math
 from pathlib import Path
@@ -69,7 +68,7 @@ def smooth(points: Points, window: int) -> Points:
 def chart(path: Path, x_label: str, y_label: str, curves: dict[str, Points], *, window: int = 1,
           log_x: bool = False, width: int = 720, height: int = 420) -> None:
     """
-    Curves {name: [(x, y), ...]} as a PNG, NaN left out. Raises ValueError if there is nothing to draw.
+    Curves {name: [(x, y), ...]} as a PNG, NaN left out. Raises ValueError if nothing is left.
 
     window: the running mean over so many points is drawn, the points themselves pale behind it.
     The axis of y begins at 0 unless all values are far from it. Whole x (int) get whole ticks.
@@ -135,9 +134,8 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, Points], *, 
 
 def _along(line: Points) -> Points:
     """The points of a line and 20 between each two."""
-    between = [(a + (c - a) * i / 21, b + (d - b) * i / 21)
-               for (a, b), (c, d) in zip(line, line[1:]) for i in range(21)]
-    return between + line[-1:]
+    return line[-1:] + [(a + (c - a) * i / 21, b + (d - b) * i / 21)
+                        for (a, b), (c, d) in zip(line, line[1:]) for i in range(21)]
 
 
 def _axes(picture: Image.Image, box: tuple, x_label: str, y_label: str,
@@ -178,18 +176,20 @@ def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor
 
     radii in units and speeds in units/s are the middles of equal cells. A cell of NaN is grey.
     """
-    picture = Image.new("RGB", (2 * (side + 122) * min(2, len(panels)),
-                                2 * (side + 92) * math.ceil(len(panels) / 2)), "white")
+    across, down = 2 * (side + 122), 2 * (side + 92)
+    size = across * min(2, len(panels)), down * math.ceil(len(panels) / 2)
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
-    half_r, half_v = (radii[1] - radii[0]) / 2, (speeds[1] - speeds[0]) / 2
-    r0, r1 = (radii[0] - half_r).item(), (radii[-1] + half_r).item()
-    v0, v1 = (speeds[0] - half_v).item(), (speeds[-1] + half_v).item()
 
+    def edges(middles):
+        half = (middles[1] - middles[0]) / 2
+        return (middles[0] - half).item(), (middles[-1] + half).item()
     def within(low, high):
         return [tick for tick in ticks(low, high, most=6) if low - 1e-9 <= tick <= high + 1e-9]
 
+    (r0, r1), (v0, v1) = edges(radii), edges(speeds)
     for i, (title, values, high) in enumerate(panels):
-        left, top = 2 * (58 + i % 2 * (side + 122)), 2 * (32 + i // 2 * (side + 92))
+        left, top = 2 * 58 + i % 2 * across, 2 * 32 + i // 2 * down
         right, bottom = left + 2 * side, top + 2 * side
 
         def place(r, v):
@@ -207,11 +207,10 @@ def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor
         (a, b), = sim.RADIUS["pretrain"]
         (c, d), = sim.SPEED["pretrain"]
         draw.rectangle((*place(a, d), *place(b, c)), outline=INK, width=5)
-        bands = [(r, v) for r in sim.RADIUS["posttrain"] for v in sim.SPEED["posttrain"]]
-        for r, v in bands:
-            draw.rectangle((*place(r[0], v[1]), *place(r[1], v[0])), outline=BLUE, width=5)
-        names = (("training range", INK, d - 0.4), ("RL bands", BLUE, d + 0.3))
-        for name, color, v in names:
+        for r in sim.RADIUS["posttrain"]:
+            for v in sim.SPEED["posttrain"]:
+                draw.rectangle((*place(r[0], v[1]), *place(r[1], v[0])), outline=BLUE, width=5)
+        for name, color, v in (("training range", INK, d - 0.4), ("RL bands", BLUE, d + 0.3)):
             middle = place((a + b) / 2, v)
             draw.text(middle, name, color, SMALL, "mm", stroke_width=4, stroke_fill="white")
 
@@ -219,7 +218,8 @@ def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor
         bar.putdata([shade(1 - j / 255) for j in range(256)])
         picture.paste(bar.resize((28, 2 * side)), (right + 24, top))
         draw.rectangle((right + 24, top, right + 52, bottom), outline=INK, width=2)
-        for tick, text in zip(within(0.0, high), written(within(0.0, high))):
+        marks = within(0.0, high)
+        for tick, text in zip(marks, written(marks)):
             y = bottom - tick / high * 2 * side
             draw.line((right + 52, y, right + 60, y), INK, 2)
             draw.text((right + 66, y), text + "+" * (tick == high), INK, SMALL, anchor="lm")
