@@ -336,10 +336,12 @@ def _tile(groups: list, columns: list[str], spans: list, given: int, pixels: int
     side, gap, line = 2 * pixels, 8, 36
     ink, grey, blue = (30, 30, 30), (190, 190, 190), (0, 90, 180)
     labels = [label for _, rows, _ in groups for label in rows]
-    left = gap + max(int(font.getlength(label)) + 2 * gap if label else 0 for label in labels)
+    widest = max(font.getlength(label) for label in labels)
+    left = gap + 2 * bool(widest) * gap + int(widest) // 2 * 2           # even: frames stay sharp
     lines = max(heading.count("\n") + bool(heading) for heading in columns)
     top = gap + line * lines + (line + gap) * bool(spans)
-    heights = [(line + gap) * bool(title) + len(rows) * (side + gap) + 2 * gap for title, rows, _ in groups]
+    heights = [(line + gap) * bool(title) + (side + gap) * len(rows) + 2 * gap
+               for title, rows, _ in groups]
     x = [left + column * (side + gap) for column in range(len(columns) + 1)]
     canvas = Image.new("RGB", (x[-1], top + sum(heights)), "white")
     draw = ImageDraw.Draw(canvas)

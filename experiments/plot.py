@@ -31,7 +31,7 @@ def ticks(low: float, high: float, *, whole: bool = False, most: int = 7) -> lis
         last = max(math.ceil(high / step - 1e-9), first + 1)
         if last - first <= most and (step >= 1 or not whole):
             break
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, *, most: int = 9) -> list[float]:
@@ -94,17 +94,17 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, Points], *, 
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return left + (right - left) * across, bottom - (bottom - top) * up
 
-    wide, high = max(map(FONT.getlength, curves)) + 90, 36 * len(curves) + 16
+    wide, tall = max(map(FONT.getlength, curves)) + 90, 36 * len(curves) + 16
     sides = right - 14 - wide, left + 14
-    corners = [(x, y) for y in (top + 10, bottom - 10 - high) for x in sides]
+    corners = [(x, y) for y in (top + 10, bottom - 10 - tall) for x in sides]
     for _ in range(9):                            # more room on top until the legend hides no curve
         lines = [[place(*point) for point in points] for points in curves.values()]
         dots = [dot for line in lines for dot in _along(line)]
-        hidden = [sum(-8 < a - x < wide + 8 and -8 < b - y < high + 8 for a, b in dots)
+        hidden = [sum(-8 < a - x < wide + 8 and -8 < b - y < tall + 8 for a, b in dots)
                   for x, y in corners]
         if min(hidden) == 0 or len(curves) == 1:
             break
-        y_ticks.append(round(2 * y_ticks[-1] - y_ticks[-2], 12))
+        y_ticks.append(float(f"{2 * y_ticks[-1] - y_ticks[-2]:.12g}"))
 
     picture = Image.new("RGB", (2 * width, 2 * height), "white")
     draw = ImageDraw.Draw(picture)
@@ -114,9 +114,9 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, Points], *, 
           [place(x, y_ticks[0])[0] for x in x_ticks], written(x_ticks),
           [place(x_ticks[0], y)[1] for y in y_ticks], written(y_ticks))
     if window > 1:
-        for color, line in zip(colors, lines):
+        for color, points in zip(colors, curves.values()):
             pale = tuple(255 - (255 - c) * 3 // 10 for c in color)
-            draw.line(line, pale, 3, joint="curve")
+            draw.line([place(*point) for point in points], pale, 3, joint="curve")
     for color, points in zip(colors, curves.values()):
         line = [place(*point) for point in smooth(points, window)]
         draw.line(line, color, 5, joint="curve")
@@ -124,7 +124,7 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, Points], *, 
             draw.ellipse((x - 7, y - 7, x + 7, y + 7), color)
     if len(curves) > 1:
         x, y = corners[hidden.index(min(hidden))]
-        draw.rectangle((x, y, x + wide, y + high), "white", PALE, 2)
+        draw.rectangle((x, y, x + wide, y + tall), "white", PALE, 2)
         for color, name in zip(colors, curves):
             draw.line((x + 16, y + 26, x + 60, y + 26), color, 5)
             draw.text((x + 74, y + 26), name, INK, FONT, anchor="lm")
@@ -184,6 +184,7 @@ def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor
     def edges(middles):
         half = (middles[1] - middles[0]) / 2
         return (middles[0] - half).item(), (middles[-1] + half).item()
+
     def within(low, high):
         return [tick for tick in ticks(low, high, most=6) if low - 1e-9 <= tick <= high + 1e-9]
 
