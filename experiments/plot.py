@@ -58,8 +58,9 @@ def written(values: list[float]) -> list[str]:
 
 
 def smooth(points: Points, window: int) -> Points:
-    """Running means of y over `window` points, at the middle of their x."""
-    parts = [points[i:i + window] for i in range(len(points) - window + 1)]
+    """Running means of y over `window` points, or all if fewer, at the middle of their x."""
+    window = min(window, len(points))
+    parts = [points[i:i + window] for i in range(len(points) - window + 1) if window]
     return [((part[0][0] + part[-1][0]) / 2, sum(y for _, y in part) / window) for part in parts]
 
 
@@ -73,10 +74,10 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, Points], *, 
     window: the running mean over so many points is drawn, the points themselves pale behind it.
     The axis of y begins at 0 unless all values are far from it. Whole x (int) get whole ticks.
     """
-    curves = {name: [point for point in points if math.isfinite(point[1])]
-              for name, points in curves.items()}
-    colors = [COLORS[i % len(COLORS)] for i in range(len(curves))]
-    x_all, y_all = ([point[i] for points in curves.values() for point in points] for i in (0, 1))
+    finite = [[point for point in points if math.isfinite(point[1])] for points in curves.values()]
+    names = [name if points else f"{name}: no values" for name, points in zip(curves, finite)]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
+    x_all, y_all = ([point[i] for points in finite for point in points] for i in (0, 1))
     if not x_all:
         raise ValueError(f"{path}: no finite point to draw")
     whole = all(isinstance(x, int) for x in x_all)
@@ -94,15 +95,15 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, Points], *, 
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return left + (right - left) * across, bottom - (bottom - top) * up
 
-    wide, tall = max(map(FONT.getlength, curves)) + 90, 36 * len(curves) + 16
+    wide, tall = max(map(FONT.getlength, names)) + 90, 36 * len(names) + 16
     sides = right - 14 - wide, left + 14
     corners = [(x, y) for y in (top + 10, bottom - 10 - tall) for x in sides]
     for _ in range(9):                            # more room on top until the legend hides no curve
-        lines = [[place(*point) for point in points] for points in curves.values()]
+        lines = [[place(*point) for point in points] for points in finite]
         dots = [dot for line in lines for dot in _along(line)]
         hidden = [sum(-8 < a - x < wide + 8 and -8 < b - y < tall + 8 for a, b in dots)
                   for x, y in corners]
-        if min(hidden) == 0 or len(curves) == 1:
+        if min(hidden) == 0 or len(names) == 1:
             break
         y_ticks.append(float(f"{2 * y_ticks[-1] - y_ticks[-2]:.12g}"))
 
@@ -113,19 +114,21 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, Points], *, 
     _axes(picture, (left, top, right, bottom), x_label, y_label,
           [place(x, y_ticks[0])[0] for x in x_ticks], written(x_ticks),
           [place(x_ticks[0], y)[1] for y in y_ticks], written(y_ticks))
-    if window > 1:
-        for color, points in zip(colors, curves.values()):
-            pale = tuple(255 - (255 - c) * 3 // 10 for c in color)
-            draw.line([place(*point) for point in points], pale, 3, joint="curve")
-    for color, points in zip(colors, curves.values()):
-        line = [place(*point) for point in smooth(points, window)]
-        draw.line(line, color, 5, joint="curve")
-        for x, y in line if len(line) <= 16 else ():
-            draw.ellipse((x - 7, y - 7, x + 7, y + 7), color)
-    if len(curves) > 1:
+    for raw in (True, False) if window > 1 else (False,):
+        for color, points in zip(colors, finite):
+            if raw:
+                color, thick = tuple(255 - (255 - c) * 3 // 10 for c in color), 3
+            else:
+                points, thick = smooth(points, window), 5
+            line = [place(*point) for point in points]
+            for x, y in line if len(line) <= 16 and not raw else ():
+                draw.ellipse((x - 7, y - 7, x + 7, y + 7), color)
+            if line:
+                draw.line(line, color, thick, joint="curve")
+    if len(names) > 1:
         x, y = corners[hidden.index(min(hidden))]
         draw.rectangle((x, y, x + wide, y + tall), "white", PALE, 2)
-        for color, name in zip(colors, curves):
+        for color, name in zip(colors, names):
             draw.line((x + 16, y + 26, x + 60, y + 26), color, 5)
             draw.text((x + 74, y + 26), name, INK, FONT, anchor="lm")
             y += 36
