@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import evaluate
+import pictures
 import reward
 import sim
 import train
@@ -449,10 +450,10 @@ class MMDiT(nn.Module):
               mask: Tensor) -> tuple[Tensor, Tensor]:
         """One dual-stream block: latent x (B, L, D), tokens y (B, K, D), condition (B, D)."""
         # adaLN-zero: the condition shifts, scales and gates, before attention (1) and MLP (2)
-        condition = nnf.silu(condition)[:, None]                                # (B, 1, D)
         x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = \
-            image.modulation(condition).chunk(6, -1)                            # (B, 1, D) each
-        y_shift1, y_scale1, *y_rest = token.modulation(condition).chunk(2 if token.last else 6, -1)
+            image.modulation(nnf.silu(condition))[:, None].chunk(6, -1)         # (B, 1, D) each
+        y_shift1, y_scale1, *y_rest = \
+            token.modulation(nnf.silu(condition))[:, None].chunk(2 if token.last else 6, -1)
 
         # one attention over both streams
         xq, xk, xv = image.heads_of(modulate(image.norm1(x), x_shift1, x_scale1))   # (B, heads, L, d)
@@ -747,14 +748,13 @@ def report(config, tokenizer: DDT, world: train.World) -> None:
                          device=world.device)
         picture = Path(config.out, "ddt", "reconstruction.png")
         if not picture.exists():
-            truth = []
-            for name in names:
-                for split in ("iid", "small", "large"):
-                    clip = sim.sample(name, split, 1, evaluate.EVAL_SEED)
-                    truth.append(sim.render(clip.position, clip.radius, size).to(world.device))
-            predict = reconstruction(tokenizer)
-            rows = [x for frames in truth for x in (frames[0], predict(frames)[0])]
-            sim.save_strip(picture, rows, ["truth", "DDT"] * len(truth), pixels=64)
+            splits = [(name, split) for name in names for split in ("iid", "small", "large")]
+            clips = [sim.sample(*pair, 1, evaluate.EVAL_SEED) for pair in splits]
+            truth = [sim.render(c.position, c.radius, size).to(world.device) for c in clips]
+            videos = {"truth": torch.cat(truth),
+                      "DDT": torch.cat([reconstruction(tokenizer)(x) for x in truth])}
+            headings = [f"{name}, {split}" for name, split in splits]
+            pictures.save_strip(picture, videos, headings, truth=clips)
     world.barrier()
 
 

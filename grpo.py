@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import evaluate
+import pictures
 import reward
 import sft
 import sim
@@ -323,15 +324,14 @@ def report(config: Config, tokenizer: DDT, models: dict[str, Llama], world: trai
     print(evaluate.table(out / "results.json"))
     print("\n" + evaluate.difference(out / "results.json", "SFT", "SFT + RL"))
 
-    splits = ("iid", "slow", "fast", "small", "large")
+    splits = ("posttrain", "iid", "fast", "large", "slow")
     clips = [sim.sample(names[0], split, 1, evaluate.EVAL_SEED) for split in splits]
     truth = torch.cat([sim.render(c.position, c.radius, size) for c in clips]).to(world.device)
-    rows = {"truth": truth}
+    videos = {"truth": truth}
     for row, model in models.items():
-        rows[row] = sft.predictor(model, tokenizer)(truth[:, :CONDITION])
-    sim.save_gif(out / "clips.gif", list(rows.values()), list(rows), pixels=128)
-    strip = {f"{split}, {name}": frames[i] for i, split in enumerate(splits) for name, frames in rows.items()}
-    sim.save_strip(out / "clips.png", list(strip.values()), list(strip), pixels=64)
+        videos[row] = sft.predictor(model, tokenizer)(truth[:, :CONDITION])
+    pictures.save_gif(out / "clips.gif", videos, splits, truth=clips, given=CONDITION)
+    pictures.save_strip(out / "clips.png", videos, splits, truth=clips, given=CONDITION)
     print(f"\nresults: {out}/results.json   pictures: {out}/clips.gif, {out}/clips.png")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+import pictures
 import sim
 
 INK, PALE, GREY, BLUE = (30, 30, 30), (228, 228, 228), (150, 150, 150), (0, 70, 200)
@@ -132,7 +133,7 @@ def chart(path: Path, x_label: str, y_label: str, curves: dict[str, Points], *, 
             draw.line((x + 16, y + 26, x + 60, y + 26), color, 5)
             draw.text((x + 74, y + 26), name, INK, FONT, anchor="lm")
             y += 36
-    sim.save_picture(path, picture.reduce(2))
+    pictures.save_picture(path, picture.reduce(2))
 
 
 def _along(line: Points) -> Points:
@@ -227,4 +228,4 @@ def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor
             y = bottom - tick / high * 2 * side
             draw.line((right + 52, y, right + 60, y), INK, 2)
             draw.text((right + 66, y), text + "+" * (tick == high), INK, SMALL, anchor="lm")
-    sim.save_picture(path, picture.reduce(2))
+    pictures.save_picture(path, picture.reduce(2))

@@ -24,21 +24,23 @@ import torch._dynamo          # torch.optim imports it: once here instead of in 
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import baselines
+import checkpoint
 import ddt
 import grpo
 import reward
 import sft
 import train
+import vae
+from experiments import dit, vqgan
 
-DDT = ddt.Config(steps=8, batch=6, clips=40, vae_steps=6, vae_batch=4, vae_width=8, save_every=1, noise_below=9.0, size=16,
-                 queries=2, image_width=16, query_width=32, encoder_layers=1, width=32, layers=1)
-VQGAN = baselines.VQGANConfig(steps=8, batch=6, clips=40, save_every=1, size=16, width=8, levels=3)
-DIT = baselines.DiTConfig(steps=6, batch=5, clips=12, save_every=1, size=16, width=24, layers=1, heads=2)
-SFT = sft.Config(steps=8, batch=5, clips=12, save_every=1, micro=2, hidden=32, ffn=64, layers=1)
-GRPO = grpo.Config(steps=5, prompts=3, group=2, clips=6, save_every=1)
-STEPS = {"vae": DDT.vae_steps, "ddt": DDT.steps, "vqgan": VQGAN.steps, "dit": DIT.steps, "sft": SFT.steps,
-         "grpo": GRPO.steps}
+CONFIGS = {
+    "vae": vae.Config(steps=6, batch=4, warmup=1, width=8, clips=40, save_every=1, size=16),
+    "ddt": ddt.Config(steps=8, batch=6, clips=40, save_every=1, noise_below=9.0, size=16, queries=2,
+                      image_width=16, query_width=32, encoder_layers=1, width=32, layers=1),
+    "vqgan": vqgan.Config(steps=8, batch=6, clips=40, save_every=1, size=16, width=8, levels=3),
+    "dit": dit.Config(steps=6, batch=5, clips=12, save_every=1, size=16, width=24, layers=1, heads=2),
+    "sft": sft.Config(steps=8, batch=5, clips=12, save_every=1, micro_batch=2, hidden=32, ffn=64, layers=1),
+    "grpo": grpo.Config(steps=5, prompts=3, group=2, clips=6, save_every=1)}
 BEFORE = {"vae": (), "ddt": ("vae",), "vqgan": (), "dit": ("vae",), "sft": ("vae", "ddt"), "grpo": ("vae", "ddt", "sft")}
 
 
@@ -53,15 +55,15 @@ def stage(name: str, out: str, rank: int = 0, ranks: int = 1, port: int = 0, cha
 def train_stage(name: str, out: str, change: dict) -> None:
     world = train.start(0)
     torch.set_num_threads(1)
-    config = dataclasses.replace({"vae": DDT, "ddt": DDT, "vqgan": VQGAN, "dit": DIT, "sft": SFT, "grpo": GRPO}[name], out=out, **change)
+    config = dataclasses.replace(CONFIGS[name], out=out, **change)
     if name == "vae":
-        ddt.train_vae(config, world)
+        vae.train_vae(config, world)
     elif name == "ddt":
-        ddt.train_ddt(config, ddt.VAE.load(f"{out}/vae"), world)
+        ddt.train_ddt(config, vae.VAE.load(f"{out}/vae"), world)
     elif name == "vqgan":
-        baselines.train_vqgan(config, world)
+        vqgan.train_vqgan(config, world)
     elif name == "dit":
-        baselines.train_dit(config, ddt.VAE.load(f"{out}/vae"), world)
+        dit.train_dit(config, vae.VAE.load(f"{out}/vae"), world)
     elif name == "sft":
         sft.train_sft(config, ddt.DDT.load(f"{out}/ddt"), world)
     else:                                   # a hardly trained tokenizer paints no ball: reward light instead
@@ -145,11 +147,11 @@ def survive(name: str, ranks: int, kills: int, done: Path, rng: random.Random) -
         while count["kills"] < kills:
             shutil.rmtree(out / name, ignore_errors=True)
             finished, step = False, 0
-            while not finished and step < STEPS[name] - 1 and count["kills"] < kills:
-                step = rng.randint(step + 1, STEPS[name] - 1)
+            while not finished and step < CONFIGS[name].steps - 1 and count["kills"] < kills:
+                step = rng.randint(step + 1, CONFIGS[name].steps - 1)
                 finished = run(name, out, ranks, (step, rng.uniform(0, 1.5 * max(times[1:]))))
                 count["kills"] += not finished
-                count["with a checkpoint"] += bool(train.checkpoints(out / name)) and not finished
+                count["with a checkpoint"] += bool(checkpoint.checkpoints(out / name)) and not finished
                 count["in a save"] += not finished and any(
                     not (path / "manifest.json").exists() for path in (out / name).glob("checkpoint-*"))
             assert finished or run(name, out, ranks), said(out)
@@ -167,7 +169,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as done:
         whole_run(Path(done))
-        for i, (name, ranks) in enumerate((name, ranks) for name in STEPS for ranks in (1, 2)):
+        for i, (name, ranks) in enumerate((name, ranks) for name in CONFIGS for ranks in (1, 2)):
             kills = args.kills * (i + 1) // 12 - args.kills * i // 12
             print(f"{name}, {ranks} rank{'s' * (ranks > 1)}:", survive(name, ranks, kills, Path(done), rng), flush=True)
     print("every run ended with the weights and the log of the uninterrupted one")

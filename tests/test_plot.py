@@ -65,7 +65,7 @@ def tiles(picture: Image.Image, side: int) -> list[tuple[int, int]]:
 def test_strip(clips, tmp_path, texts):
     """Times over the columns, the given frame framed, the true ball outlined, clips set apart."""
     truth, videos = clips
-    sim.save_strip(tmp_path / "new" / "a.png", videos, ["a", "b", "c"], truth=truth, given=3)
+    pictures.save_strip(tmp_path / "new" / "a.png", videos, ["a", "b", "c"], truth=truth, given=3)
     check_texts(texts)
     assert [x.name for x in (tmp_path / "new").iterdir()] == ["a.png"]
     picture = Image.open(tmp_path / "new" / "a.png").convert("RGB")
@@ -94,7 +94,7 @@ def test_strip_shows_the_frames(clips, tmp_path):
     _, videos = clips
     rows = {label: video[:1, :5] for label, video in videos.items()}
     headings = [f"{i}/4" for i in range(5)]
-    sim.save_strip(tmp_path / "a.png", rows, [""], columns=headings, pixels=32)
+    pictures.save_strip(tmp_path / "a.png", rows, [""], columns=headings, pixels=32)
     picture = Image.open(tmp_path / "a.png").convert("RGB")
     places = tiles(picture, 32)
     assert len(places) == 2 * 5
@@ -110,7 +110,7 @@ def test_gif(clips, tmp_path, texts):
     """Thirty-two frames, the given ones framed in blue and named, the true ball outlined."""
     truth, videos = clips
     names = [f"iid\nradius {clip.radius[0, 0]:.1f}, speed 2.0" for clip in truth]
-    sim.save_gif(tmp_path / "new" / "a.gif", videos, names, truth=truth, given=3)
+    pictures.save_gif(tmp_path / "new" / "a.gif", videos, names, truth=truth, given=3)
     check_texts(texts)
     with Image.open(tmp_path / "new" / "a.gif") as gif:
         frames = [(x.info["duration"], x.convert("RGB"))
@@ -126,16 +126,16 @@ def test_pictures_of_other_shapes(clips, tmp_path):
     """No truth, no given frames, no labels: the films of `python sim.py`; still frames."""
     _, videos = clips
     still = torch.ones(2, 32, 3, 16, 16)
-    sim.save_gif(tmp_path / "a.gif", {"": still}, ["", ""])
+    pictures.save_gif(tmp_path / "a.gif", {"": still}, ["", ""])
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 32                                     # the time over them differs
-    sim.save_strip(tmp_path / "a.png", {"": videos["truth"]}, ["", "", ""])
+    pictures.save_strip(tmp_path / "a.png", {"": videos["truth"]}, ["", "", ""])
     assert len(tiles(Image.open(tmp_path / "a.png"), 80)) == 3 * 8
 
 
 @pytest.mark.parametrize("draw", [
-    lambda path, video: sim.save_strip(path.with_suffix(".png"), {"": video}, [""]),
-    lambda path, video: sim.save_gif(path.with_suffix(".gif"), {"": video}, [""]),
+    lambda path, video: pictures.save_strip(path.with_suffix(".png"), {"": video}, [""]),
+    lambda path, video: pictures.save_gif(path.with_suffix(".gif"), {"": video}, [""]),
     lambda path, video: plot.chart(path.with_suffix(".png"), "x", "y", {"a": [(0, 0), (1, 1)]}),
     lambda path, video: plot.heat_maps(path.with_suffix(".png"), [("a", torch.eye(2), 1.0)],
                                        torch.arange(2.0), torch.arange(2.0))])
