@@ -8,15 +8,15 @@ sampling, which uses top-k 50 and top-p 0.95.
 
 Choices where the paper is silent
 1. Parameters are named and laid out as in Hugging Face transformers (rotary halves, not pairs).
-2. The codes are the last `n_visual` ids; the text words' logits are not computed, let alone masked.
-3. Sampler and trainer share one definition of the policy: `truncate`, and `logprobs` within it.
-4. New rows of embedding and head are drawn with the mean and deviation of the others, per column.
+2. The codes are the last `n_visual` ids. Computing only their logits masks all text words.
+3. Sampler and trainer share `truncate` and `logprobs`: before an update their ratio is exactly 1.
+4. New rows of embedding and head have the mean and standard deviation of the old, per column.
 
     from lm import Llama, generate
     model = Llama.load("Llama-3.1-8B", n_visual=256)          # Llama 2, 3, 3.1; Qwen2, Qwen2.5
     codes, support = generate(model, prompt, max_new_tokens=464, group=8)
 
-`python text.py --llm DIR` continues a text with the weights in a folder: are they loaded right?
+`python text.py --llm DIR` shows whether weights are loaded correctly: it continues a text.
 
 Axes: B batch, G group (samples per prompt), S sequence, T sampled tokens, D width, V visual codes
 or vocabulary.
@@ -131,12 +131,12 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
     scaling = config.rope_scaling
     if not scaling:
         return frequency
-    # Llama 3.1 divides the slow frequencies by `factor`, keeps the fast ones, and blends between
+    # Llama 3.1 divides slow frequencies by `factor`, keeps fast ones, and blends those between
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelength = 2 * math.pi / frequency
     turns = scaling["original_max_position_embeddings"] / wavelength
-    fast = ((turns - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(frequency / scaling["factor"], frequency, fast)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)          # 0: slow, 1: fast
+    return torch.lerp(frequency / scaling["factor"], frequency, blend)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -153,8 +153,8 @@ class Cache:
     """
     Keys and values of every layer, allocated once. The first `length` positions are in use.
 
-    A CUDA graph replays the same addresses and shapes. For it `position` (1,), a tensor, replaces
-    `length`: one token is written at a time, and attention masks the rest of the capacity.
+    A CUDA graph needs fixed addresses and shapes. For it, a tensor `position` (1,) takes the place
+    of `length`: each call writes one token, and attention covers the capacity under a mask.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, device=None, dtype=None):
@@ -170,7 +170,7 @@ class Cache:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, kv_heads, S, head_dim) of the newest positions -> those of all positions."""
-        keys, values = self.kv[layer]                           # (B, kv_heads, capacity, head_dim)
+        keys, values = self.kv[layer, 0], self.kv[layer, 1]     # (B, kv_heads, capacity, head_dim)
         if self.position is not None:
             keys.index_copy_(2, self.position, k)
             values.index_copy_(2, self.position, v)
@@ -192,7 +192,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()                                           # fp32 whatever the weights are
+        h = x.float()                                           # fp32 whatever the type of x
         weighted = self.weight.float() * h
         scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return (weighted * scale).to(x.dtype)
@@ -211,6 +211,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
 
     def heads(self, x: Tensor) -> Tensor:
+        """(B, S, heads * head_dim) -> (B, heads, S, head_dim)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None,
@@ -222,10 +223,10 @@ class Attention(nn.Module):
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v)                # S: the cached positions, too
+            k, v = cache.write(self.layer, k, v)                # of all positions so far
         kv_heads = k.shape[1]
         if S == 1:
-            # heads that share keys become the queries of one attention: no key is repeated
+            # the query heads of one key head become its queries: no key is copied for each of them
             q = q.view(B, kv_heads, -1, self.head_dim)
             x = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             return self.o_proj(x.reshape(B, 1, -1))
@@ -262,16 +263,19 @@ class Block(nn.Module):
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden (..., D), weight (V, D) -> logits (..., V) in fp32: bf16 ties the two best often."""
+    """
+    hidden (..., D), weight (V, D) -> logits (..., V) in fp32. In bf16 the two largest would often
+    be equal.
+    """
     if weight.dtype == torch.float32:
         return nnf.linear(hidden, weight)
     hidden = hidden.float()
-    chunks = weight.split(16384)            # no fp32 copy of a whole text head
+    chunks = weight.split(16384)            # avoids an fp32 copy of the whole matrix
     return torch.cat([nnf.linear(hidden, chunk.float()) for chunk in chunks], -1)
 
 
 def more_rows(weight: Tensor, n: int, generator: torch.Generator) -> nn.Parameter:
-    """weight (V, D) -> (V + n, D). New rows have the mean and deviation of the old, per column."""
+    """weight (V, D) -> (V + n, D): n rows with the old ones' mean and deviation, per column."""
     V, D = weight.shape
     mean = weight.mean(0, dtype=torch.float32)                                     # (D,)
     norm = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
@@ -298,7 +302,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():                 # GPT-2's initialization
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                # added to the residual stream, twice per layer
+                # their outputs are added to the residual stream, two per layer
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -331,12 +335,12 @@ class Llama(nn.Module):
             position = cache.position                           # (1,)
         else:
             position = torch.arange(start, start + S, device=device)      # (S,)
-        # no buffer keeps the angles: it would be cast to bf16 together with the weights
+        # computed here in fp32: a buffer would be cast to bf16 together with the weights
         angle = position[:, None] * rope_frequencies(self.config, device)
         angle = angle.repeat(1, 2)                              # (S, head_dim)
         cos, sin = angle.cos(), angle.sin()
 
-        mask = None                         # plain causal attention, or one query that sees all
+        mask = None                         # causal attention, or one query that sees all keys
         if static:
             mask = torch.arange(cache.capacity, device=device) <= position[:, None]
         elif start > 0 and S > 1:
@@ -395,7 +399,7 @@ class Llama(nn.Module):
         """
         Writes a folder that transformers opens: config.json, generation_config.json,
         model.safetensors, and the tokenizer's files of the folder the model was loaded from.
-        Breaking off leaves the old model or the new one, never a mixture of their tensors.
+        An interrupted save leaves the old tensors or the new ones, never a mixture.
         """
         save_model(self, Path(folder))
 
@@ -414,7 +418,7 @@ def truncate(logits: Tensor, top_k: int = 50, top_p: float = 0.95) -> Tensor:
     rank = torch.arange(logits.shape[-1], device=logits.device)
     ordered = ordered.masked_fill(rank >= max(top_k, 1), -torch.inf)
     p = ordered.softmax(-1)
-    before = p.cumsum(-1) - p                                   # probability of the likelier codes
+    before = p.cumsum(-1) - p                                   # held by the codes ranked higher
     keep = (before < top_p) | (top_p >= 1)
     keep = keep & (ordered > -torch.inf)
     keep[..., 0] = True
@@ -433,16 +437,16 @@ def logprobs(logits: Tensor, codes: Tensor, support: Tensor) -> Tensor:
 def draw(logits: Tensor, support: Tensor,
          generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
     """
-    One code from the policy: logits, support (..., V) -> (...).
+    Samples one code from the policy: logits, support (..., V) -> (...).
 
-    The code with the largest p / Exponential(1), because multinomial would wait for the device. Of
-    a list of generators each draws for an equal part of the batch.
+    argmax of p / Exponential(1) is a sample of p (the Gumbel-max trick), without the wait for the
+    device in torch.multinomial. Of several generators, each draws for an equal part of the batch.
     """
     p = logits.float().masked_fill(~support, -torch.inf).softmax(-1)
     noise = torch.empty_like(p)
     generators = generator if isinstance(generator, list) else [generator]
-    for part, part_generator in zip(noise.chunk(len(generators)), generators):
-        part.exponential_(generator=part_generator)
+    for chunk, own_generator in zip(noise.chunk(len(generators)), generators):
+        chunk.exponential_(generator=own_generator)
     return (p / noise).argmax(-1)
 
 
@@ -454,8 +458,8 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, group: int = 1, 
     Samples T = max_new_tokens visual codes after each prompt, G = group times.
 
     prompt (B, S) ids -> codes (B, G, T) in [0, n_visual), and support (B, G, T, n_visual), the
-    codes that each was drawn from. A list of B generators makes the samples of a prompt
-    independent of the other prompts in the batch. Raises ValueError for a model without visual
+    codes that each was drawn from. With a list of B generators, one per prompt, samples do not
+    depend on which other prompts are in the batch. Raises ValueError for a model without visual
     codes and for more tokens than its context holds.
     """
     config, T = model.config, max_new_tokens
@@ -476,7 +480,7 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, group: int = 1, 
     codes = torch.empty(shape, dtype=torch.int64, device=prompt.device)
     support = torch.empty(*shape, config.n_visual, dtype=torch.bool, device=prompt.device)
     step = decode_step(model, cache, model.visual_logits)
-    for t in range(T):                                          # never waits for the device
+    for t in range(T):                                          # no wait for the device in here
         support[:, t] = truncate(logits, top_k, top_p)
         codes[:, t] = draw(logits, support[:, t], generator)
         if t + 1 < T:
@@ -495,11 +499,11 @@ def check_length(config: LlamaConfig, S: int, T: int) -> None:
 def decode_step(model: Llama, cache: Cache,
                 head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """
-    -> a function from ids (B, 1) to the logits (B, V) of the next token, which appends ids to the
-    cache. head: model.visual_logits, or model.logits.
+    Returns a function that appends ids (B, 1) to the cache and returns the logits (B, V) of the
+    next token. head: model.visual_logits or model.logits.
 
     On CUDA the hundreds of kernels of a step are captured in a graph and replayed with one launch.
-    Capturing takes about as long as ten steps; each replay overwrites the logits of the last.
+    Capturing takes about as long as ten steps. Every call overwrites the logits of the last.
     """
     @torch.no_grad()
     def step(ids: Tensor) -> Tensor:
@@ -520,7 +524,7 @@ def decode_step(model: Llama, cache: Cache,
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = step(ids)
-        # what the warm-up wrote lies behind this position: masked, then overwritten
+        # back to the start: what the warm-up wrote is masked until it is overwritten
         cache.position.fill_(cache.length)
 
     def replay(new: Tensor) -> Tensor:
@@ -583,7 +587,7 @@ def read_config(folder) -> LlamaConfig:
 
 
 def config_from_json(raw: dict) -> LlamaConfig:
-    """config.json of Llama or Qwen2, in the spelling of transformers 4 or 5."""
+    """From config.json of a Llama or Qwen2, as transformers 4 or 5 writes it."""
     kind = raw.get("model_type")
     if kind not in ("llama", "qwen2"):
         raise ValueError(f"model_type {kind!r} is not supported: use a Llama or Qwen2 folder")
@@ -629,7 +633,7 @@ def config_from_json(raw: dict) -> LlamaConfig:
 
 
 def config_to_json(config: LlamaConfig) -> dict:
-    """config.json that transformers 4 and 5 both understand."""
+    """To a config.json for transformers 4 (rope_scaling) and 5 (rope_parameters)."""
     raw = dataclasses.asdict(config)
     qwen = raw.pop("attention_bias")
     raw |= {"model_type": "qwen2" if qwen else "llama", "hidden_act": "silu", "use_cache": True}
@@ -640,7 +644,7 @@ def config_to_json(config: LlamaConfig) -> dict:
 
 
 def config_from_meta(raw: dict, vocab_size: int) -> LlamaConfig:
-    """params.json of Meta's Llamas. It names no special tokens: they follow from vocab_size."""
+    """From Meta's params.json. It names no special tokens: vocab_size tells which they are."""
     width, heads = raw["dim"], raw["n_heads"]
     multiple = raw.get("multiple_of", 256)
     mlp_width = int((raw.get("ffn_dim_multiplier") or 1) * int(8 * width / 3))
@@ -665,10 +669,11 @@ def config_from_meta(raw: dict, vocab_size: int) -> LlamaConfig:
 
 
 def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -> Llama:
+    """Builds the model without memory, then puts the tensors in their places one by one."""
     config = read_config(folder)
     if n_visual and config.n_visual not in (0, n_visual):
         raise ValueError(f"{folder} has {config.n_visual} visual codes, not n_visual = {n_visual}")
-    with torch.device("meta"):                                  # shapes without memory
+    with torch.device("meta"):
         model = Llama(config)
     missing = dict(model.named_parameters())
     tensors = meta_tensors if is_meta(folder) else hugging_face_tensors
@@ -687,7 +692,7 @@ def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -
             raise ValueError(f"{path}: {name} holds NaN or infinity (in {value.dtype})")
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(value))
-        del value                                               # frees it before the next
+        del value                                               # free it before the next
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first of them {min(missing)}")
     model.source = folder.resolve()
@@ -697,7 +702,7 @@ def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -
 
 
 def hugging_face_tensors(folder: Path, config: LlamaConfig) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, name, tensor) one by one. Each is mapped from its file, and not yet in memory."""
+    """(file, name, tensor) one by one, memory-mapped: read when they are used."""
     for path, names in shards(folder).items():
         try:
             with safe_open(path, "pt") as file:
@@ -714,7 +719,7 @@ def hugging_face_tensors(folder: Path, config: LlamaConfig) -> Iterator[tuple[Pa
 
 
 def shards(folder: Path) -> dict[Path, list[str]]:
-    """The files of a model and the tensors that the index lists for each (without index: none)."""
+    """File -> names of the tensors that the index lists for it. Without an index: no names."""
     path = folder / INDEX
     if not path.exists():
         return {folder / WEIGHTS: []}
@@ -732,7 +737,7 @@ def shards(folder: Path) -> dict[Path, list[str]]:
 
 
 def read_meta(folder: Path) -> dict[str, Tensor]:
-    """Meta's file of weights, mapped and not yet in memory."""
+    """The tensors of Meta's layout under Meta's names, memory-mapped."""
     path = folder / "consolidated.00.pth"
     files = sorted(folder.glob("consolidated.*.pth"))
     if len(files) > 1:
@@ -754,8 +759,8 @@ def read_meta(folder: Path) -> dict[str, Tensor]:
 
 def meta_tensors(folder: Path, config: LlamaConfig) -> Iterator[tuple[Path, str, Tensor]]:
     """
-    The same for Meta's layout. Its rotary pairs are neighbours (2i, 2i + 1): the rows of q and k
-    are put in the order (i, i + head_dim / 2).
+    (file, name, tensor) one by one, under our names. Meta's rotary pairs are the neighbours
+    (2i, 2i + 1), ours are (i, i + head_dim / 2): the rows of q and k are reordered.
     """
     path = folder / "consolidated.00.pth"
     half = config.head_dim // 2
@@ -775,7 +780,7 @@ def meta_tensors(folder: Path, config: LlamaConfig) -> Iterator[tuple[Path, str,
 
 
 def save_model(model: Llama, folder: Path) -> None:
-    """Writes all files aside (.part), then renames them."""
+    """Writes all files under another name (.part) first, then renames them."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def part(name: str) -> Path:
@@ -804,12 +809,12 @@ def save_model(model: Llama, folder: Path) -> None:
         save_file(tensors, part(WEIGHTS), {"format": "pt"})
     except SafetensorError as error:                            # a full disk, for one
         raise OSError(f"{part(WEIGHTS)} cannot be written ({error})") from None
-    shutil.copymode(part("config.json"), part(WEIGHTS))         # safetensors ignores the umask
+    shutil.copymode(part("config.json"), part(WEIGHTS))         # safetensors writes 0600
     with open(part(WEIGHTS), "rb") as file:
         os.fsync(file.fileno())
 
     for name in (WEIGHTS, *copied, *texts):
         os.replace(part(name), folder / name)
-    (folder / INDEX).unlink(missing_ok=True)                    # an earlier model's shards
+    (folder / INDEX).unlink(missing_ok=True)                    # shards of an earlier model
     for path in folder.glob("model-*-of-*.safetensors"):
         path.unlink()

@@ -2,8 +2,8 @@
 Text in and out of the language model: the tokenizers of Llama 2, Llama 3 and Qwen, and a command
 that continues a text. No training stage needs this file.
 
-Source: tiktoken and sentencepiece do the tokenizing; this file reads the formats in which the
-vocabularies are published.
+tiktoken and sentencepiece do the work; this file reads the formats in which vocabularies are
+published.
 
     python text.py --llm DIR                # what is in a folder, and how it continues a text
     python text.py --llm DIR --prompt "The speed of light is" --tokens 50 --dtype bfloat16
@@ -43,8 +43,9 @@ class Tokenizer:
     Text <-> ids. The visual codes are the special tokens <|code_0|> .. <|code_255|>, whose ids
     follow the model's vocabulary.
 
-    backend: a tiktoken Encoding or a SentencePieceProcessor. ids: those that stand for a token.
-    first_code: default len(vocabulary). nfc: the text is normalized to NFC first.
+    backend: a tiktoken.Encoding or a SentencePieceProcessor, and ids, all ids it can decode.
+    bos: id of the begin-of-text token. nfc: text is normalized to NFC. first_code: id of code 0,
+    by default the first free one.
     """
 
     def __init__(self, backend, ids: set[int], bos: int | None = None, nfc: bool = False,
@@ -109,7 +110,7 @@ class Tokenizer:
         unknown = [i for i in ids if i not in self.ids]
         if unknown:
             raise ValueError(f"id {unknown[0]} stands for no token")
-        text, run = "", []                  # run: ids since the last code
+        text, run = "", []                  # run: ids since the last visual code
         for i in ids:
             if i in self.code_names:
                 text += self.backend.decode(run) + self.code_names[i]
@@ -123,18 +124,20 @@ class Tokenizer:
 # Each function returns the first arguments of Tokenizer: backend, ids, bos, nfc.
 
 
-def byte_pairs(ranks: dict[bytes, int], special: dict[str, int], digits: str = ""):
-    """-> a tiktoken Encoding and the ids of its tokens."""
+def byte_level_bpe(ranks: dict[bytes, int], special: dict[str, int],
+                   digits: str = "") -> tuple[tiktoken.Encoding, set[int]]:
+    """A byte-level BPE tokenizer and its ids."""
     encoding = tiktoken.Encoding("text", pat_str=WORDS % digits, mergeable_ranks=ranks,
                                  special_tokens=special)
     return encoding, {*ranks.values(), *special.values()}
 
 
-def numbered(names: list[str], first: int) -> dict[str, int]:
+def special_tokens(names: list[str], first: int) -> dict[str, int]:
     return {f"<|{name}|>": first + i for i, name in enumerate(names)}
 
 
 def llama2(path: Path) -> tuple:
+    """tokenizer.model: a sentencepiece model."""
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(path.read_bytes())
@@ -146,7 +149,7 @@ def llama2(path: Path) -> tuple:
 
 
 def llama3(path: Path, vocab_size: int | None) -> tuple:
-    """tokenizer.model: a base64 token and its rank per line. 256 special tokens follow them."""
+    """tokenizer.model: a base64 token and its rank per line. 256 special tokens come after."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
@@ -160,7 +163,7 @@ def llama3(path: Path, vocab_size: int | None) -> tuple:
     if vocab_size not in (None, bos + 256):
         raise ValueError(f"{path} has {bos} tokens, this model's vocabulary {vocab_size} less 256 "
                          "special ones: it is not whole, or another model's")
-    encoding, ids = byte_pairs(ranks, numbered(LLAMA3_SPECIAL, bos), LLAMA3_DIGITS)
+    encoding, ids = byte_level_bpe(ranks, special_tokens(LLAMA3_SPECIAL, bos), LLAMA3_DIGITS)
     return encoding, ids, bos, False
 
 
@@ -173,7 +176,7 @@ def qwen(folder: Path) -> tuple:
     made, wanted = len(set(merges)), len(ranks) - 256
     if made != wanted:
         raise ValueError(f"{folder}/merges.txt makes {made} of {wanted} tokens: it is not whole")
-    special = numbered(QWEN_SPECIAL, len(ranks))
+    special = special_tokens(QWEN_SPECIAL, len(ranks))
     path = folder / "tokenizer_config.json"
     if path.exists():
         added = read_json(path).get("added_tokens_decoder", {})
@@ -181,7 +184,7 @@ def qwen(folder: Path) -> tuple:
             special |= {token["content"]: int(i) for i, token in added.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: added_tokens_decoder cannot be used ({error})") from None
-    encoding, ids = byte_pairs(ranks, special)
+    encoding, ids = byte_level_bpe(ranks, special)
     return encoding, ids, None, True
 
 
@@ -197,7 +200,7 @@ def from_tokenizer_json(path: Path, model_bos: int | None) -> tuple:
         ranks = ranks_of(path, vocab, model["merges"])
         nfc = "NFC" in json.dumps(raw.get("normalizer"))
         is_llama3 = LLAMA3_DIGITS in words
-        encoding, ids = byte_pairs(ranks, special, LLAMA3_DIGITS if is_llama3 else "")
+        encoding, ids = byte_level_bpe(ranks, special, LLAMA3_DIGITS if is_llama3 else "")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a byte-level BPE tokenizer ({type(error).__name__}: "
                          f"{error})") from None

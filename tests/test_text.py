@@ -196,7 +196,7 @@ def test_llama2_text(tmp_path):
     ours = Tokenizer.load(tmp_path)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert ours.size == ours.first_code == 300 and ours.bos == theirs.bos_id() == 1
-    for sample in TEXTS[:7]:
+    for sample in [*TEXTS[:7], TEXTS[8]]:
         ids = theirs.encode(sample)
         assert ours.encode(sample) == [1, *ids] and ours.decode(ids) == theirs.decode(ids)
     assert ours.encode("hits<|code_7|>") == [1, *theirs.encode("hits"), 307]
