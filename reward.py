@@ -9,19 +9,19 @@ Source: Phys-AR, section 3.4 and appendix D.
     reward           their sum                       (Eq. 7)
 
 What the paper leaves open, decided here
-1. v is the change of a ball's centre from frame f to f + 1, divided by 0.1 s; v^ is the true one's.
+1. v is the change of the ball's centre from frame f to f + 1 over 0.1 s, v^ that of the true ball.
 2. A pair (f, f + 1) counts if f >= 3 and the true ball is wholly in view in both frames.
-3. Of a collision, the reward ignores the pair with the impact, the errors also all pairs before it.
-4. A ball that is not found has an error of 10 units/s and 2 units. That is also the largest error
-   of a ball that is found, thus losing a ball never pays.
-5. Errors are means over time, then over balls.
-6. There is a second velocity error: `drift_error` is |mean (v - v^)|, in which the noise between
-   frames averages out. PhyWorld's evaluator measures it, thus very likely the paper's tables too.
+3. In collisions the reward leaves out the pair with the impact, the errors also all pairs before.
+4. A ball that is not found counts as an error of 10 units/s and of 2 units in radius. No ball that
+   is found has a larger error, thus losing a ball never pays.
+5. Errors are averaged over time, then over balls.
+6. A second velocity error, `drift_error`, is |mean (v - v^)|: noise between frames averages out.
+   PhyWorld's evaluator measures this one, thus very likely the paper's tables hold it.
 
     python reward.py          # the calibration table: what does each kind of wrong video score?
 
-Takes 20 seconds on 2 CPU cores. Perfect 128-pixel frames have velocity_error 0.0014, reward 4.99
-(the most is 5).
+Takes 30 seconds on 2 CPU cores. Perfect 128-pixel frames have a velocity_error of 0.0014 and a
+reward of 4.99; the largest reward is 5.
 
 Axes: B clips, F frames, N balls, H W pixels; F-1 pairs of frames.
 """
@@ -39,10 +39,10 @@ from sim import CONDITION, DT, FRAMES, WORLD, Clips
 
 ALPHA = 4.0             # alpha of Eq. 5
 DECAY = 1.4             # k of Eq. 5
-MISSING = 10.0          # units per second: crosses the whole view in a second
-RADIUS_MISSING = 2.0    # units: the radius of the largest ball of any split
-SMALLEST = 0.15         # units: half the radius of the smallest ball; less than that is no ball
-MARGIN = 2.0            # pixels around a ball that are measured with it: its anti-aliased edge
+MISSING = 10.0          # units per second: velocity error of a ball that is not found
+RADIUS_MISSING = 2.0    # units: its radius error, the largest radius of any split
+SMALLEST = 0.15         # units: a smaller disc is no ball; half the smallest radius of any split
+MARGIN = 2.0            # pixels: width of the ring around a ball that holds its blurred edge
 
 
 # ------------------------------------------------------------------ finding the balls
@@ -54,10 +54,11 @@ def detect(frames: Tensor, n_balls: int) -> tuple[Tensor, Tensor, Tensor]:
     frames (B, F, 3, H, W) in [0, 1] -> center (B, F, N, 2) and radius (B, F, N) in world units,
     found (B, F, N) bool. center and radius are NaN where found is False.
 
-    The coverage of a pixel is the share of it that the ball fills. It is exact for every mix of
-    white, red and blue, also where two balls touch; green, black and magenta cover nothing. The
-    pixels more than half covered give a rough disc. The precise centre and area are those of the
-    coverage within that disc and a margin, thus noise elsewhere has no influence.
+    First the colours give the coverage: the share of each pixel that a ball fills. This is exact
+    for every mix of white, red and blue, also where two balls touch; other colours (green, black,
+    magenta) give 0. Then the pixels that are more than half covered give a rough disc. Last, the
+    coverage within this disc and a margin gives the precise centre and area. Noise elsewhere in
+    the frame has no influence.
     Raises ValueError for a wrong shape, integers or NaN.
     """
     if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape[3] != frames.shape[4]:
@@ -74,14 +75,14 @@ def detect(frames: Tensor, n_balls: int) -> tuple[Tensor, Tensor, Tensor]:
     blue_ball = (blue - green).minimum(1 - red)
     coverage = torch.stack([red_ball, blue_ball][:n_balls], 2)        # (B, F, N, H, W)
 
-    area, x, y = _area_and_centre((coverage > 0.5).float())           # (B, F, N), in pixels
+    area, x, y = _area_and_center((coverage > 0.5).float())           # (B, F, N), in pixels
     reach = (area / math.pi).sqrt() + MARGIN
     axis = torch.arange(size, device=frames.device) + 0.5             # pixel centres
     dx = axis - x[..., None, None]                                    # (B, F, N, 1, W)
     dy = axis[:, None] - y[..., None, None]                           # (B, F, N, H, 1)
     near = dx ** 2 + dy ** 2 <= reach[..., None, None] ** 2           # False where x is NaN
 
-    area, x, y = _area_and_centre(coverage * near)
+    area, x, y = _area_and_center(coverage * near)
     found = area >= math.pi * (SMALLEST * size / WORLD) ** 2
     unit = WORLD / size                                               # world units per pixel
     center = torch.stack([x, size - y], -1) * unit                    # (B, F, N, 2)
@@ -89,7 +90,7 @@ def detect(frames: Tensor, n_balls: int) -> tuple[Tensor, Tensor, Tensor]:
     return center.where(found[..., None], math.nan), radius.where(found, math.nan), found
 
 
-def _area_and_centre(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _area_and_center(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, F, N, H, W) -> sum, x and y of the weighted mean, in pixels from the top left."""
     axis = torch.arange(weight.shape[-1], device=weight.device) + 0.5
     area = weight.sum((-2, -1))
@@ -102,11 +103,11 @@ def _area_and_centre(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class Comparison:
-    """The balls in a video compared with the true ones, whether a frame counts or not."""
-    velocity_difference: Tensor     # (B, F-1, N, 2)  v - v^, 0 where the ball is lost
-    speed_error: Tensor             # (B, F-1, N)     |v - v^|, MISSING where the ball is lost
+    """The balls of a video beside the true ones, in all frames, whether they count or not."""
+    velocity_difference: Tensor     # (B, F-1, N, 2)  v - v^; 0 where the ball is not found
+    speed_error: Tensor             # (B, F-1, N)     |v - v^|; MISSING where it is not found
     found_both: Tensor              # (B, F-1, N)     found in both frames of the pair
-    radius_error: Tensor            # (B, F, N)       |r - r^|, RADIUS_MISSING where it is lost
+    radius_error: Tensor            # (B, F, N)       |r - r^|; RADIUS_MISSING where not found
     found: Tensor                   # (B, F, N)
 
 
@@ -117,15 +118,16 @@ def _compare(frames: Tensor, clips: Clips) -> Comparison:
     center, radius, found = detect(frames, clips.radius.shape[1])
     found_both = found[:, 1:] & found[:, :-1]
 
-    moved = center.diff(dim=1) - clips.position.diff(dim=1)           # (B, F-1, N, 2)
-    difference = torch.where(found_both[..., None], (moved / DT).float(), 0)
+    step, true_step = center.diff(dim=1), clips.position.diff(dim=1)  # (B, F-1, N, 2)
+    difference = ((step - true_step) / DT).float()
+    difference = torch.where(found_both[..., None], difference, 0)
     length = difference.norm(dim=-1)                                  # (B, F-1, N)
-    shrink = MISSING / length.clamp(min=MISSING)                      # to at most MISSING
+    difference *= (MISSING / length.clamp(min=MISSING))[..., None]    # at most MISSING long
     speed_error = torch.where(found_both, length.clamp(max=MISSING), MISSING)
 
     radius_error = (radius - clips.radius[:, None].float()).abs()     # (B, F, N)
     radius_error = radius_error.clamp(max=RADIUS_MISSING).where(found, RADIUS_MISSING)
-    return Comparison(difference * shrink[..., None], speed_error, found_both, radius_error, found)
+    return Comparison(difference, speed_error, found_both, radius_error, found)
 
 
 def _frame_mask(clips: Clips) -> Tensor:
@@ -135,7 +137,7 @@ def _frame_mask(clips: Clips) -> Tensor:
 
 
 def _pair_mask(clips: Clips, after_impact: bool) -> Tensor:
-    """The pairs that count (B, F-1, N): both frames do, and see point 3 in the file's head."""
+    """The pairs that count (B, F-1, N): points 2 and 3 in the file's head."""
     mask = _frame_mask(clips)
     mask = mask[:, 1:] & mask[:, :-1]
     if clips.scenario != "collision":
@@ -148,7 +150,10 @@ def _pair_mask(clips: Clips, after_impact: bool) -> Tensor:
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over time, then over balls, where mask is True: (B, F, N) -> (B,). NaN: it never is."""
+    """
+    Mean over time, then over balls, of the entries in the mask: (B, F, N) -> (B,). NaN if there
+    are none.
+    """
     per_ball = torch.where(mask, x, 0).sum(1) / mask.sum(1)           # (B, N), 0 / 0 = NaN
     return per_ball.nanmean(-1)
 
@@ -157,8 +162,8 @@ def errors(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
     """
     frames (B, F, 3, H, W) -> {velocity_error, drift_error, radius_error, missing}, each (B,).
 
-    Units per second, units per second, world units, share of the frames without the ball. NaN for
-    a clip in which nothing counts, because its balls are out of view after condition and impact.
+    Units: per second, per second, world units, share of frames in which the ball is not found. NaN
+    for a clip in which nothing counts: its balls leave the view too early.
     """
     c = _compare(frames, clips)
     frame_mask = _frame_mask(clips)                                   # (B, F, N)
@@ -183,44 +188,47 @@ def reward(frames: Tensor, clips: Clips, horizon: int = 0) -> dict[str, Tensor]:
     frames (B, F, 3, H, W) -> {reward, velocity, mass}, each (B,), by Eq. 4-7.
 
     velocity is in (0, 4], mass in [-1, 1], reward is their sum. NaN for a clip in which no frame
-    counts. With a horizon also `ahead` (B, F): per frame, the reward of that frame and the
-    horizon - 1 after it, NaN where none of them counts.
+    counts. With a horizon also `ahead` (B, F): for each frame the reward of only this frame and the
+    horizon - 1 frames after it, NaN where none of them counts.
     """
     c = _compare(frames, clips)
     frame_mask = _frame_mask(clips)                                   # (B, F, N)
     pair_mask = _pair_mask(clips, after_impact=False)                 # (B, F-1, N)
 
-    velocity_error = _mean(c.speed_error, pair_mask)                  # (B,)     Eq. 4
-    radius_error = _mean(c.radius_error, frame_mask)                  # (B,)
-    velocity = ALPHA * torch.exp(-DECAY * velocity_error)             #          Eq. 5
-    mass = 1 - radius_error                                           #          Eq. 6
-    result = {"reward": velocity + mass, "velocity": velocity, "mass": mass}   # Eq. 7
+    velocity_error = _mean(c.speed_error, pair_mask)                  # (B,)  Eq. 4
+    radius_error = _mean(c.radius_error, frame_mask)
+    velocity = ALPHA * torch.exp(-DECAY * velocity_error)             #       Eq. 5
+    mass = 1 - radius_error                                           #       Eq. 6
+    total = velocity + mass                                           #       Eq. 7
+    result = {"reward": total, "velocity": velocity, "mass": mass}
 
-    if horizon:                                                       # the same formula per frame
-        speed_error = nnf.pad(c.speed_error, (0, 0, 1, 0))            # (B, F, N): of the pair that
-        pair_mask = nnf.pad(pair_mask, (0, 0, 1, 0))                  # ends in the frame
-        velocity_error = _mean_ahead(speed_error, pair_mask, horizon)         # (B, F)
+    if horizon:                                                       # the same for each frame
+        # A pair belongs to the frame in which it ends: (B, F-1, N) -> (B, F, N).
+        speed_error = nnf.pad(c.speed_error, (0, 0, 1, 0))
+        pair_mask = nnf.pad(pair_mask, (0, 0, 1, 0))
+        velocity_error = _mean_ahead(speed_error, pair_mask, horizon) # (B, F)
         radius_error = _mean_ahead(c.radius_error, frame_mask, horizon)
         result["ahead"] = ALPHA * torch.exp(-DECAY * velocity_error) + 1 - radius_error
     return result
 
 
 def _mean_ahead(x: Tensor, mask: Tensor, horizon: int) -> Tensor:
-    """_mean over each frame and the horizon - 1 after it: (B, F, N) -> (B, F)."""
+    """As _mean, of each frame and the horizon - 1 after it: (B, F, N) -> (B, F)."""
     total = _sum_ahead(torch.where(mask, x, 0), horizon)              # (B, F, N)
     count = _sum_ahead(mask.float(), horizon)
     return (total / count).nanmean(-1)
 
 
 def _sum_ahead(x: Tensor, horizon: int) -> Tensor:
-    x = nnf.pad(x, (0, 0, 0, horizon - 1))                            # zeros after the last frame
-    return x.unfold(1, horizon, 1).sum(-1)                            # (B, F, N, horizon) summed
+    x = nnf.pad(x, (0, 0, 0, horizon - 1))                            # (B, F + horizon - 1, N)
+    windows = x.unfold(1, horizon, 1)                                 # (B, F, N, horizon)
+    return windows.sum(-1)
 
 
 # ------------------------------------------------------------------ calibration
 
 def _wrong_videos() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Named ways to spoil the frames of true clips (B, F, 3, H, W)."""
+    """Name -> a function that spoils true frames (B, F, 3, H, W)."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(FRAMES - CONDITION, generator=torch.Generator().manual_seed(0))
 
@@ -231,17 +239,18 @@ def _wrong_videos() -> dict[str, Callable[[Tensor], Tensor]]:
         blurred = nnf.avg_pool2d(frames.flatten(0, 1), 5, 1, 2, count_include_pad=False)
         return blurred.unflatten(0, frames.shape[:2])
 
-    def predict(change):                                              # the condition stays true
+    def after_condition(change):
         return lambda frames: torch.cat([frames[:, :CONDITION], change(frames)], 1)
 
     return {
         "truth": lambda frames: frames,
         "noise 0.02": noise,
         "blur 5 x 5": blur,
-        "frozen": predict(lambda f: f[:, CONDITION - 1:CONDITION].expand_as(f[:, CONDITION:])),
-        "shuffled": predict(lambda f: f[:, CONDITION + order]),
-        "wrong colour": predict(lambda f: f[:, CONDITION:, [1, 0, 2]]),       # red turns green
-        "all white": predict(lambda f: torch.ones_like(f[:, CONDITION:])),
+        "frozen": after_condition(
+            lambda f: f[:, CONDITION - 1:CONDITION].expand_as(f[:, CONDITION:])),
+        "shuffled": after_condition(lambda f: f[:, CONDITION + order]),
+        "wrong colour": after_condition(lambda f: f[:, CONDITION:, [1, 0, 2]]),  # red turns green
+        "all white": after_condition(lambda f: torch.ones_like(f[:, CONDITION:])),
     }
 
 
@@ -258,12 +267,12 @@ def main(argv: list[str] | None = None) -> None:
     for scenario in sim.SCENARIOS:
         title = f"\n{scenario}, {args.size} pixels, {args.n} clips"
         print(title.ljust(34) + "".join(f"{name:>16s}" for name in COLUMNS))
-        wrong = _wrong_videos()
-        rows = [(name, "iid", spoil) for name, spoil in wrong.items()]
-        rows += [(f"truth, {split}", split, wrong["truth"]) for split in SPLITS if split != "iid"]
-        for label, split, spoil in rows:
+        videos = _wrong_videos()
+        rows = [(name, "iid", video) for name, video in videos.items()]
+        rows += [(f"truth, {split}", split, videos["truth"]) for split in SPLITS if split != "iid"]
+        for label, split, video in rows:
             try:
-                result = evaluate(spoil, scenario, split, args.n, args.seed,
+                result = evaluate(video, scenario, split, args.n, args.seed,
                                   size=args.size, shown=FRAMES, batch=4)
             except ValueError as error:                               # of --n or --seed
                 parser.error(str(error))

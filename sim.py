@@ -45,10 +45,10 @@ CONDITION = 3           # the first frames, which the models are given
 GRAVITY = 2.5           # of the parabola only
 
 # PhyWorld's start rules
-IN_VIEW = 2.4           # seconds: a single ball stays in view at least this long, if it can
-IMPACT = (0.8, 2.4)     # seconds: earliest and latest impact of a collision
-GAP = 0.5               # least distance between a ball's edge and the view's upper or lower edge
-DROP = 1.5              # largest distance between a thrown ball's top and the view's upper edge
+IN_VIEW = 2.4           # seconds that a single ball stays in view, if the view has room for it
+IMPACT = (0.8, 2.4)     # seconds: the earliest and the latest impact of a collision
+GAP = 0.5               # units: least distance from a ball to the view's upper and lower edge
+DROP = 1.5              # units: largest distance from a thrown ball to the view's upper edge
 
 # The solver. An impact is noticed at most one step late. The position is then off by at most
 # (change of speed) * 0.1 / SUBSTEPS: about 0.006 at the fastest impact of any split.
@@ -75,8 +75,8 @@ SPEED = {
     "high": [(4.5, 6.0)],
 }
 
-# The splits: name -> range of each ball's radius, then of each ball's speed. Appendix C names the
-# levels `ood-...`. slow, fast, small and large are ours: they take ood-v and ood-r apart.
+# Split -> the range of each ball's radius, then of each ball's speed. Appendix C has the levels
+# `ood-...`. slow, fast, small and large are ours: the halves of ood-v and ood-r.
 ONE_BALL = {
     "pretrain": ("pretrain", "pretrain"),
     "posttrain": ("posttrain", "posttrain"),
@@ -155,7 +155,7 @@ def sample(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
 
 
 def first_frames(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
-    """The clips of `sample` before their simulation, with frame 0 only (F = 1)."""
+    """As `sample`, but without the simulation: the clips have frame 0 only (F = 1)."""
     known = splits(scenario)
     if split not in known and split != "ood":
         choices = ", ".join(["ood", *known])
@@ -215,9 +215,9 @@ def _start_one_ball(rng: np.random.Generator, ranges: tuple[str, ...], n: int, t
     r = _draw(rng, RADIUS[ranges[0]], n)
     v = _draw(rng, SPEED[ranges[1]], n)
 
-    limit = WORLD - (IN_VIEW * v + r)                     # further right, it leaves too soon
+    limit = WORLD - (IN_VIEW * v + r)                     # started further right, it leaves early
     x_slow = rng.uniform(r, np.maximum(limit, r))
-    x_fast = r + rng.uniform(0, GAP, n)                   # leaves too soon from anywhere: far left
+    x_fast = r + rng.uniform(0, GAP, n)                   # it leaves early from everywhere
     x = np.where(limit >= r, x_slow, x_fast)
 
     lowest = WORLD - DROP - r if thrown else r + GAP
@@ -234,22 +234,22 @@ def _start_collision(rng: np.random.Generator, ranges: tuple[str, ...], n: int):
         r = np.where(redo[:, None], new_r, r)
         v = np.where(redo[:, None], new_v, v)
 
-        # The distance of the centres at t = 0 decides when the impact is.
+        # The distance between the centres at t = 0 decides when the balls meet.
         closing, touch = v.sum(1), r.sum(1)
         nearest = IMPACT[0] * closing + touch
         farthest = np.minimum(IMPACT[1] * closing + touch, WORLD - touch)
         redo = nearest > farthest
 
     distance = rng.uniform(nearest, farthest)
-    right_end = WORLD - r[:, 1] - distance                # further right, ball 2 is cut off
-    x1 = rng.uniform(r[:, 0], np.maximum(right_end, r[:, 0]))
+    limit = WORLD - r[:, 1] - distance                    # further right, ball 2 is out of view
+    x1 = rng.uniform(r[:, 0], np.maximum(limit, r[:, 0]))
     x2 = x1 + distance
     y = rng.uniform(r.max(1) + GAP, WORLD - GAP - r.max(1))
     start = np.stack([np.stack([x1, y], -1), np.stack([x2, y], -1)], 1)
     return r, v, start
 
 
-def initial_velocity(scenario: str, speed: Tensor) -> Tensor:
+def initial_velocity(speed: Tensor) -> Tensor:
     """Speeds (B, N) -> velocities (B, N, 2). The first ball moves right, the second left."""
     sign = torch.tensor([1.0, -1.0], dtype=speed.dtype, device=speed.device)
     vx = speed * sign[:speed.shape[1]]
@@ -261,11 +261,12 @@ def initial_velocity(scenario: str, speed: Tensor) -> Tensor:
 def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor,
              substeps: int = SUBSTEPS, scenes: int = SCENES) -> Tensor:
     """
-    pymunk: radius (B, N), speed (B, N), first centres (B, N, 2) -> positions (B, F, N, 2), float64.
+    Simulates clips with pymunk -> positions (B, F, N, 2), float64.
 
-    Raises ValueError for wrong shapes, non-finite values, radius <= 0, velocity < 0 (pymunk itself
-    would abort the process or compute nonsense), and for balls that are outside the view's height
-    or not head-on.
+    radius (B, N), velocity (B, N; the initial speed) and start (B, N, 2; the centres at t = 0).
+    Raises ValueError for wrong shapes, non-finite values, radius <= 0 and velocity < 0, for which
+    pymunk would abort the process or compute nonsense, and for balls that are outside the view's
+    height or not at the same height.
     """
     radius, velocity, start = (torch.as_tensor(x, dtype=torch.float64).cpu()
                                for x in (radius, velocity, start))
@@ -279,7 +280,8 @@ def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor,
 
 
 def _check_states(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor) -> None:
-    N = len(splits(scenario)["iid"]) // 2
+    splits(scenario)                                      # raises for an unknown scenario
+    N = 2 if scenario == "collision" else 1
     B = radius.numel() // N
     got = [tuple(x.shape) for x in (radius, velocity, start)]
     if B == 0 or got != [(B, N), (B, N), (B, N, 2)]:
@@ -303,12 +305,12 @@ def _check_finite(**tensors: Tensor) -> None:
 def _simulate_together(scenario: str, radius: Tensor, speed: Tensor, start: Tensor,
                        substeps: int) -> Tensor:
     """
-    All clips in one Space. Clip b is moved up by b view heights, which keeps the clips apart: balls
-    of different clips keep their height or fall alike.
+    Simulates all clips in one Space. Clip b is moved up by b view heights. Balls of different clips
+    never touch, because all balls keep their height or fall alike.
     """
     B, N = radius.shape
     step = DT / substeps
-    velocity = initial_velocity(scenario, speed)
+    velocity = initial_velocity(speed)
     space = pymunk.Space()
     if scenario == "parabola":
         space.gravity = (0, -GRAVITY)
@@ -325,7 +327,7 @@ def _simulate_together(scenario: str, radius: Tensor, speed: Tensor, start: Tens
         body.position = x, y
         body.velocity = vx, vy
         space.add(body)
-        if N > 1:                                         # a single ball needs no shape to hit
+        if N > 1:                                         # only balls that collide need a shape
             circle = pymunk.Circle(body, r)
             circle.elasticity = 1.0
             circle.friction = 0.0
@@ -344,7 +346,7 @@ def _simulate_together(scenario: str, radius: Tensor, speed: Tensor, start: Tens
 
 
 def impact_time(clips: Clips) -> Tensor:
-    """Seconds until the balls of a collision touch (B,). Infinity for one ball, or if never."""
+    """Seconds until the two balls touch (B,); infinity if they never do and for a single ball."""
     B, N = clips.radius.shape
     if N == 1:
         return torch.full((B,), math.inf, dtype=torch.float64, device=clips.radius.device)
@@ -359,7 +361,7 @@ def closed_form(clips: Clips) -> Tensor:
     t = DT * torch.arange(FRAMES, dtype=torch.float64, device=clips.position.device)
     t = t[:, None, None]                                          # (F, 1, 1)
     start = clips.position[:, :1]                                 # (B, 1, N, 2)
-    velocity = initial_velocity(clips.scenario, clips.velocity)   # (B, N, 2)
+    velocity = initial_velocity(clips.velocity)   # (B, N, 2)
     if clips.scenario != "collision":
         position = start + velocity[:, None] * t                  # (B, F, N, 2)
         if clips.scenario == "parabola":
