@@ -1,15 +1,17 @@
 """
-Whole files only: atomic writes, checkpoints with a manifest, resuming, and the files of a finished model.
+Whole files only: atomic writes, checkpoints with a manifest, resuming, and the files of a finished
+model.
 
-What a kill, a full disk or a second process could leave half-done is written beside its place and renamed. At every path
-there is the old file or the new one, never a part of one.
+What a kill, a full disk or a second process could leave half-done is written beside its place and
+renamed. At every path there is the old file or the new one, never a part of one.
 
 <folder>/checkpoint-<steps done>/
-    model.safetensors               the weights
-    optimizer-<rank>.safetensors    every rank's shard of the optimizer state
-    manifest.json                   steps, ranks, config and checksums; written last: without it, it is no checkpoint
+    model.safetensors               the weights optimizer-<rank>.safetensors    every rank's shard
+    of the optimizer state manifest.json                   steps, ranks, config and checksums;
+    written last: without it, it is no checkpoint
 
-The last two are kept. Data order and noise are functions of (seed, step): a checkpoint holds no random state.
+The last two are kept. Data order and noise are functions of (seed, step): a checkpoint holds no
+random state.
 
 `world` is train.World: rank, size, is_main, barrier(), all_gather(object), print0(text).
 """
@@ -61,8 +63,8 @@ _locks: dict[str, object] = {}
 
 def lock(folder: Path, world) -> None:
     """
-    One training at a time per run folder: two would overwrite each other's checkpoints. The lock
-    is freed when the process ends. Collective: no rank goes on before the folder is known to be free.
+    One training at a time per run folder: two would overwrite each other's checkpoints. The lock is
+    freed when the process ends. Collective: no rank goes on before the folder is known to be free.
     """
     if world.is_main and str(folder) not in _locks:
         _locks[str(folder)] = file = open(folder / ".lock", "w")
@@ -130,7 +132,8 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
     own = model.state_dict()
     for name in [*own, *tensors]:
         if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
-            ours, theirs = (tuple(x[name].shape) if name in x else "nothing" for x in (own, tensors))
+            ours, theirs = (tuple(x[name].shape) if name in x else "nothing"
+                            for x in (own, tensors))
             raise UserError(f"{path} does not fit this model: {name} should be {ours}, the file "
                             f"has {theirs}")
     model.load_state_dict(tensors)
@@ -206,7 +209,7 @@ def _remove(path: Path) -> None:
 
 
 def verify(path: Path, world) -> str:
-    """What is wrong with a checkpoint; "" if nothing is. Collective: the ranks share the reading."""
+    """What is wrong with a checkpoint; "" if nothing is. Collective: the ranks share the work."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         right = manifest.pop("checksum") == _checksum_of(manifest)
@@ -242,8 +245,8 @@ def resume(folder: Path, model: nn.Module, optimizer, config, world) -> int:
             continue
         manifest = json.loads((path / "manifest.json").read_text())
         changed = [*changed_fields(manifest["config"], config).values()]
-        check(not changed, f"{path} is of another configuration ({'; '.join(changed[:4])}): restore "
-              "that, choose another --out, or start over with --fresh")
+        check(not changed, f"{path} is of another configuration ({'; '.join(changed[:4])}): "
+              "restore that, choose another --out, or start over with --fresh")
         load_state(model, read_safetensors(path / "model.safetensors"), path)
         files = [path / f"optimizer-{rank}.safetensors" for rank in range(manifest["ranks"])]
         try:
@@ -255,9 +258,10 @@ def resume(folder: Path, model: nn.Module, optimizer, config, world) -> int:
     return 0
 
 
-# fields that two runs of one training may differ in: they change how it is computed or reported, not
-# what comes out; the weights of --vae are compared themselves, wherever they lie
-FREE_FIELDS = {"out", "vae", "fresh", "save_every", "eval_clips", "micro_batch", "checkpointing", "calls"}
+# fields that two runs of one training may differ in: they change how it is computed or reported,
+# not what comes out; the weights of --vae are compared themselves, wherever they lie
+FREE_FIELDS = {"out", "vae", "fresh", "save_every", "eval_clips", "micro_batch", "checkpointing",
+               "calls"}
 
 
 def changed_fields(then: dict, config) -> dict[str, str]:
@@ -272,8 +276,8 @@ def changed_fields(then: dict, config) -> dict[str, str]:
 
 def finish(folder: Path, save: Callable[[Path], None], config, model: nn.Module, world) -> None:
     """Saves the finished model with `save(folder)` and its config; deletes the checkpoints."""
-    means = [p.detach().double().mean() for p in model.state_dict().values() if p.is_floating_point()]
-    means = torch.stack(means)
+    weights = [p.detach() for p in model.state_dict().values() if p.is_floating_point()]
+    means = torch.stack([p.double().mean() for p in weights])
     if (world.all_reduce(means) / world.size - means).abs().max() > 1e-12:
         raise RuntimeError(f"the ranks hold different models at the end of {folder}: this is a bug")
     if world.is_main:

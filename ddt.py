@@ -4,19 +4,21 @@ Stage 2, DDT: a frame becomes K discrete tokens, and the tokens become a frame.
     frame -> VAE -> latent -> Q-former: K learned queries attend to it -> VQ: nearest of 256 codes
     codes -> MMDiT: denoises a latent, conditioned on the tokens -> VAE decoder -> frame
 
-Diffusion timestep tokens: training is a rectified flow, x_t = t eps + (1 - t) x_0, whose decoder sees
-a growing prefix of the tokens, V_1 .. V_k(t). At little noise it is given few of them, at pure noise
-(t = 1) all. Thus a token encodes what the noise of its time step destroyed.
+Diffusion timestep tokens: training is a rectified flow, x_t = t eps + (1 - t) x_0, whose decoder
+sees a growing prefix of the tokens, V_1 .. V_k(t). At little noise it is given few of them, at pure
+noise (t = 1) all. Thus a token encodes what the noise of its time step destroyed.
 
 Source: Phys-AR section 3.2 and appendix A.1. MMDiT and rectified flow: Stable Diffusion 3, Esser et
 al. 2024, https://arxiv.org/abs/2403.03206.
 
 Differences from the paper, and choices where it is silent (measured: docs/RESULTS.md)
-1. Time is skewed to noise, t = 8u / (1 + 7u), and 3 of 10 samples are pure noise: a disc shows through
-   all other noise, and the decoder would never need the tokens.
+1. Time is skewed to noise, t = 8u / (1 + 7u), and 3 of 10 samples are pure noise: a disc shows
+   through all other noise, and the decoder would never need the tokens.
 2. A frame is decoded by one call at t = 1 with all tokens; Euler steps are there too (`steps=`).
-3. Quantization starts at 40 % of the steps: before, the encoder's vectors say nothing of the picture.
-4. Codes of `tiny` and `small` have 3 dimensions, which LayerNorm reduces to a circle: angles. (Paper: 16.)
+3. Quantization starts at 40 % of the steps: before, the encoder's vectors say nothing of the
+   picture.
+4. Codes of `tiny` and `small` have 3 dimensions, which LayerNorm reduces to a circle: angles.
+   (Paper: 16.)
 5. Tokens are kept different by a linear layer each, by noise before quantization, by `crowding`.
 6. The latent attends to itself only, the queries to both ("unified-direction").
 7. q and k are RMS-normalised before attention, which keeps bf16 stable.
@@ -26,8 +28,8 @@ Differences from the paper, and choices where it is silent (measured: docs/RESUL
     python ddt.py --steps 8000          # any field of Config is a flag
     python ddt.py --vae DIR             # on a VAE in diffusers' layout
 
-Expected at `tiny` on 2 CPU cores: 6 to 15 minutes; median centre error of a reconstructed ball 0.02 to
-0.04 world units, all 256 codes in use.
+Expected at `tiny` on 2 CPU cores: 6 to 15 minutes; median centre error of a reconstructed ball 0.02
+to 0.04 world units, all 256 codes in use.
 
 Axes: B batch, F frames, C channels, H W pixels, h w cells of the latent, L patches, K tokens of a
 frame, D width, V codes.
@@ -105,16 +107,16 @@ class Config:
     eval_clips: int = 32        # clips per split of the reconstruction table
 
 
-# `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, of which
-# a VAE that shrinks 8 times leaves 256 latent vectors at patch 1 (1024 are those of 256 x 256); the
-# encoder is 128 wide for the latent and 256 for the queries ("latent dimension 128", yet tokens of
-# 256). No gradient clipping is stated. Parameters: encoder 12.5M, decoder 111.1M; `small`: 6.2M, 41.2M;
-# `tiny`: 0.49M, 1.66M.
+# `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, of
+# which a VAE that shrinks 8 times leaves 256 latent vectors at patch 1 (1024 are those of 256 x
+# 256); the encoder is 128 wide for the latent and 256 for the queries ("latent dimension 128", yet
+# tokens of 256). No gradient clipping is stated. Parameters: encoder 12.5M, decoder 111.1M;
+# `small`: 6.2M, 41.2M; `tiny`: 0.49M, 1.66M.
 PRESETS = {
     "tiny": {},
-    "small": dict(scenario="all", clips=20000, size=128, queries=8, image_width=128, query_width=256,
-                  encoder_layers=6, width=384, layers=8, heads=8, steps=8000, batch=256, lr=8e-4,
-                  warmup=1000, eval_clips=64),
+    "small": dict(scenario="all", clips=20000, size=128, queries=8, image_width=128,
+                  query_width=256, encoder_layers=6, width=384, layers=8, heads=8, steps=8000,
+                  batch=256, lr=8e-4, warmup=1000, eval_clips=64),
     "paper": dict(scenario="all", clips=3_000_000, size=128, queries=16, code_dim=16,
                   token_noise=0.2, patch=1, image_width=128, query_width=256, encoder_layers=12,
                   width=512, layers=12, heads=8, steps=140_000, batch=1024, lr=1e-4, warmup=5000,
@@ -165,8 +167,9 @@ def all_gather(x: Tensor) -> Tensor:
 class EMAVectorQuantizer(nn.Module):
     """
     Nearest of V codes by cosine similarity. The codes follow the vectors that are matched with them
-    by exponential moving averages (EMA): van den Oord et al. 2017, https://arxiv.org/abs/1711.00937,
-    appendix A.1. Statistics are summed over the ranks, which keeps their codebooks identical.
+    by exponential moving averages (EMA): van den Oord et al. 2017,
+    https://arxiv.org/abs/1711.00937, appendix A.1. Statistics are summed over the ranks, which
+    keeps their codebooks identical.
 
     Use: `fill` once, to start quantizing (before, vectors pass through as they are); then
     `forward` in every step, and `update` after the optimizer has taken it: a step that is skipped
@@ -196,7 +199,8 @@ class EMAVectorQuantizer(nn.Module):
         # in fp64: on a circle neighbours' cosines differ by 3e-4, and tf32 rounds at 5e-4
         return (z.double() @ self.codebook.T.double()).argmax(-1)
 
-    def forward(self, x: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor,
+                noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         x (B, K, D) -> vectors for the decoder (B, K, dim), codes (B, K), commitment loss (B,) and
         the unit vectors (B, K, dim), which `update` is given with the codes.
@@ -215,8 +219,8 @@ class EMAVectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, z: Tensor, codes: Tensor, decay: float | None = None) -> None:
         """
-        One EMA step with vectors z (n, dim) matched with codes (n,), then the revival of dead codes.
-        Nothing before `fill`. decay: another than the quantizer's.
+        One EMA step with vectors z (n, dim) matched with codes (n,), then the revival of dead
+        codes. Nothing before `fill`. decay: another than the quantizer's.
         """
         if not self.active:
             return
@@ -279,9 +283,10 @@ class EMAVectorQuantizer(nn.Module):
 
 def crowding(z: Tensor, others: Tensor) -> Tensor:
     """
-    How near unit vectors z (B, K, dim) are to those of the same token in others (n, K, dim) -> (B,):
-    log mean exp(-2 d^2) over their distances d, mean over the tokens; 0 if all are one vector. Its
-    gradient pushes them apart. Uniformity, Wang and Isola 2020, https://arxiv.org/abs/2005.10242.
+    How near unit vectors z (B, K, dim) are to those of the same token in others (n, K, dim) ->
+    (B,): log mean exp(-2 d^2) over their distances d, mean over the tokens; 0 if all are one
+    vector. Its gradient pushes them apart. Uniformity, Wang and Isola 2020,
+    https://arxiv.org/abs/2005.10242.
     """
     cosine = torch.einsum("bkd,nkd->bkn", z, others)        # d^2 = 2 - 2 cosine
     return ((4 * cosine - 4).logsumexp(-1) - math.log(len(others))).mean(-1)
@@ -299,7 +304,7 @@ def sincos(positions: Tensor, width: int, period: float = 10000.0) -> Tensor:
 
 
 def sincos_2d(side: int, width: int) -> Tensor:
-    """Positions of a side x side grid -> (side * side, width): half for the row, half the column."""
+    """Positions of a side x side grid -> (side * side, width): half row, half column."""
     x = sincos(torch.arange(side), width // 2)              # (side, width / 2)
     row, column = x[:, None].expand(-1, side, -1), x[None].expand(side, -1, -1)
     return torch.cat([row, column], -1).flatten(0, 1)
@@ -344,8 +349,8 @@ class Stream(nn.Module):
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, D) -> q, k, v (B, heads, L, d) each, q and k RMS-normalised."""
-        x = rearrange(self.qkv(x), "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
-        q, k, v = x
+        axes = "b l (three heads d) -> three b heads l d"
+        q, k, v = rearrange(self.qkv(x), axes, three=3, heads=self.heads)
         return nnf.rms_norm(q, q.shape[-1:]), nnf.rms_norm(k, k.shape[-1:]), v
 
     def merge(self, attended: Tensor) -> Tensor:
@@ -359,8 +364,8 @@ class QFormer(nn.Module):
     streams: the latent attends to itself, the queries to both.
     """
 
-    def __init__(self, channels: int, side: int, queries: int, patch: int = 2, image_width: int = 64,
-                 query_width: int = 128, layers: int = 2, heads: int = 4):
+    def __init__(self, channels: int, side: int, queries: int, patch: int = 2,
+                 image_width: int = 64, query_width: int = 128, layers: int = 2, heads: int = 4):
         super().__init__()
         self.patch = patch
         self.latent_in = nn.Linear(channels * patch ** 2, image_width)
@@ -374,11 +379,11 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(query_width, eps=1e-6)
 
     def forward(self, latent: Tensor) -> Tensor:            # (B, C, h, w)
-        x = self.latent_in(patchify(latent, self.patch)) + self.position        # (B, L, image_width)
-        y = self.queries.expand(len(x), -1, -1)                                 # (B, K, query_width)
+        x = self.latent_in(patchify(latent, self.patch)) + self.position       # (B, L, image_width)
+        y = self.queries.expand(len(x), -1, -1)                                # (B, K, query_width)
         for image, query in zip(self.image_blocks, self.query_blocks):
             x, y = self.block(image, query, x, y)
-        return self.norm(y)                                                     # (B, K, query_width)
+        return self.norm(y)                                                    # (B, K, query_width)
 
     @staticmethod
     def block(image: Stream, query: Stream, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,7 +393,7 @@ class QFormer(nn.Module):
         yq, yk, yv = query.heads_of(query.norm1(y))         # (B, heads, K, d)
 
         # the queries' stream: attention to both streams, then MLP
-        k, v = torch.cat([xk, yk], 2), torch.cat([xv, yv], 2)                   # (B, heads, L + K, d)
+        k, v = torch.cat([xk, yk], 2), torch.cat([xv, yv], 2)                 # (B, heads, L + K, d)
         y = y + query.merge(nnf.scaled_dot_product_attention(yq, k, v))
         y = y + query.mlp(query.norm2(y))
 
@@ -401,8 +406,8 @@ class QFormer(nn.Module):
 
 class MMDiT(nn.Module):
     """
-    SD3's denoiser: a noisy latent (B, channels, side, side) and tokens (B, K, code_dim), two streams
-    joined in one attention and modulated by the time t. It predicts the clean latent x_0.
+    SD3's denoiser: a noisy latent (B, channels, side, side) and tokens (B, K, code_dim), two
+    streams joined in one attention and modulated by the time t. It predicts the clean latent x_0.
     """
 
     def __init__(self, channels: int, side: int, tokens: int, code_dim: int, patch: int = 2,
@@ -418,9 +423,9 @@ class MMDiT(nn.Module):
         self.token_position = nn.Parameter(0.5 * torch.randn(tokens, width))
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.image_blocks = nn.ModuleList(
-            Stream(width, width, heads, condition=width) for i in range(layers))
+            Stream(width, width, heads, width) for i in range(layers))
         self.token_blocks = nn.ModuleList(
-            Stream(width, width, heads, condition=width, last=i == layers - 1) for i in range(layers))
+            Stream(width, width, heads, width, last=i == layers - 1) for i in range(layers))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.latent_out = nn.Linear(width, channels * patch ** 2)
@@ -430,8 +435,8 @@ class MMDiT(nn.Module):
 
     def forward(self, latent: Tensor, t: Tensor, tokens: Tensor, k: Tensor) -> Tensor:
         """
-        latent (B, C, h, w), t (B,), tokens (B, K, code_dim), k (B,) visible tokens -> x_0 (B, C, h, w).
-        Tokens from k on are zeroed and masked as keys: they have exactly no influence.
+        latent (B, C, h, w), t (B,), tokens (B, K, code_dim), k (B,) visible tokens -> x_0 (B, C, h,
+        w). Tokens from k on are zeroed and masked as keys: they have exactly no influence.
         """
         visible = torch.arange(tokens.shape[1], device=k.device) < k[:, None]   # (B, K)
         x = self.latent_in(patchify(latent, self.patch)) + self.position        # (B, L, D)
@@ -456,10 +461,12 @@ class MMDiT(nn.Module):
             token.modulation(nnf.silu(condition))[:, None].chunk(2 if token.last else 6, -1)
 
         # one attention over both streams
-        xq, xk, xv = image.heads_of(modulate(image.norm1(x), x_shift1, x_scale1))   # (B, heads, L, d)
-        yq, yk, yv = token.heads_of(modulate(token.norm1(y), y_shift1, y_scale1))   # (B, heads, K, d)
+        x_normed = modulate(image.norm1(x), x_shift1, x_scale1)
+        y_normed = modulate(token.norm1(y), y_shift1, y_scale1)
+        xq, xk, xv = image.heads_of(x_normed)               # (B, heads, L, d)
+        yq, yk, yv = token.heads_of(y_normed)               # (B, heads, K, d)
         q, k, v = (torch.cat(pair, 2) for pair in ((xq, yq), (xk, yk), (xv, yv)))
-        attended = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)        # (B, heads, L + K, d)
+        attended = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L + K, d)
         x_attended, y_attended = attended.split([x.shape[1], y.shape[1]], 2)
 
         # the latent's stream
@@ -478,8 +485,10 @@ class MMDiT(nn.Module):
 
 
 class DDT(nn.Module):
-    """The whole: VAE (frozen), Q-former, quantizer, MMDiT. Raises ValueError for frames that the VAE
-    and the patches cannot divide."""
+    """
+    The whole: VAE (frozen), Q-former, quantizer, MMDiT. Raises ValueError for frames that VAE and
+    patches cannot divide.
+    """
 
     def __init__(self, config: Config, vae: VAE):
         super().__init__()
@@ -492,7 +501,8 @@ class DDT(nn.Module):
                                c.encoder_layers, c.heads)
         project = TokenLinear(c.queries, c.query_width, c.code_dim)
         self.quantizer = EMAVectorQuantizer(project, dim=c.code_dim)
-        self.decoder = MMDiT(channels, side, c.queries, c.code_dim, c.patch, c.width, c.layers, c.heads)
+        self.decoder = MMDiT(channels, side, c.queries, c.code_dim, c.patch, c.width, c.layers,
+                             c.heads)
         self.register_buffer("noise_mse", torch.ones(()))   # running mean of the error at t = 1
 
     def train(self, mode: bool = True):
@@ -513,10 +523,10 @@ class DDT(nn.Module):
     def forward(self, latent: Tensor, u: Tensor, noise: Tensor, token_noise: Tensor | float = 0.0,
                 others: Tensor | None = None) -> dict[str, Tensor]:
         """
-        The loss of training, |d(x_t, t, V_1 .. V_k) - x_0|^2 + commitment + crowding:
-        clean latents x_0 (B, C, h, w), u (B,), noise like x_0, token_noise for the quantizer, others
-        (n, K, dim): the unit vectors of the global batch (None: of these latents, on all ranks) ->
-        {loss, mse, commitment, crowding (B,); codes (B, K), vectors (B, K, dim)}.
+        The loss of training, |d(x_t, t, V_1 .. V_k) - x_0|^2 + commitment + crowding: clean latents
+        x_0 (B, C, h, w), u (B,), noise like x_0, token_noise for the quantizer, others (n, K, dim):
+        the unit vectors of the global batch (None: of these latents, on all ranks) -> {loss, mse,
+        commitment, crowding (B,); codes (B, K), vectors (B, K, dim)}.
         """
         c = self.config
         tokens, codes, commitment, z = self.quantizer(self.encoder(latent), token_noise)
@@ -552,13 +562,15 @@ class DDT(nn.Module):
         return codes.flip(-1) if self.config.order == "reverse" else codes
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, steps: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    def decode(self, codes: Tensor, steps: int = 1,
+               generator: torch.Generator | None = None) -> Tensor:
         """codes (B, K) -> frames (B, 3, H, W) in [0, 1], from noise that the generator draws."""
         check_codes(codes, self.config.queries, len(self.quantizer.codebook))
         if steps < 1:
             raise ValueError(f"steps = {steps}: at least one call of the decoder")
         channels, side = self.vae.config["latent_channels"], self.config.size // self.vae.shrink
-        noise = torch.randn(len(codes), channels, side, side, generator=generator, device=codes.device)
+        noise = torch.randn(len(codes), channels, side, side, generator=generator,
+                            device=codes.device)
         tokens = self.quantizer.codebook[self.ordered(codes).long()]            # (B, K, dim)
         latent = self.sample(tokens, noise, steps)                              # (B, C, h, w)
         return (self.vae.decode(latent) / 2 + 0.5).clamp(0, 1)
@@ -581,8 +593,9 @@ class DDT(nn.Module):
 
     @classmethod
     def load(cls, folder) -> "DDT":
-        """A folder written by `save`. Raises UserError for what is missing, damaged or does not fit."""
-        return load_model(folder, "tokenizer", lambda config: cls(Config(**config["ddt"]), VAE(**config["vae"])))
+        """A folder written by `save`. Raises UserError for what is missing, damaged or unfit."""
+        return load_model(folder, "tokenizer",
+                          lambda config: cls(Config(**config["ddt"]), VAE(**config["vae"])))
 
 
 MODEL = "model.safetensors"
@@ -614,7 +627,8 @@ def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Modu
     try:
         model = build(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/config.json is not that of a {kind} of this version ({error})") from None
+        raise UserError(f"{folder}/config.json is not that of a {kind} of this version "
+                        f"({error})") from None
     checkpoint.load_state(model, tensors, Path(folder))
     return model.eval().requires_grad_(False)
 
@@ -642,7 +656,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     model = train.distribute(tokenizer, world)
     n = world.accumulation_steps(B, config.micro_batch)
 
-    with train.Run(folder, tokenizer, config, world, show=("mse", "mse_noise", "codes_used")) as run:
+    shown = ("mse", "mse_noise", "codes_used")
+    with train.Run(folder, tokenizer, config, world, shown) as run:
         for step in run:
             model.train()
             batch = world.shard(train.batch_indices(config.seed, step, B, len(data)))
@@ -651,7 +666,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             u, noise, token_noise = draw_noise(tokenizer, latent.shape[1:], step, world)
             if step >= config.quantize_at * config.steps and not tokenizer.quantizer.active:
                 start_quantizing(tokenizer, data, step, n, world)
-            others = None                                   # one micro-batch: the batch's own vectors
+            others = None                                 # one micro-batch: the batch's own vectors
             if n > 1:
                 with torch.no_grad(), world.autocast():
                     others = torch.cat([tokenizer.vectors(x) for x in latent.tensor_split(n)])
@@ -687,7 +702,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
 
 
 def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> list[Tensor]:
-    """This rank's u (b,), noise (b, *shape) of the latents and token noise (b, K, dim) of a step."""
+    """This rank's u (b,), noise (b, *shape) of the latents and token noise (b, K, dim)."""
     c, generator = tokenizer.config, train.generator(tokenizer.config.seed, step)
     u = torch.rand(c.batch, generator=generator)
     u = torch.where(torch.rand(c.batch, generator=generator) < c.pure_noise, 1.0, u)
@@ -709,15 +724,15 @@ def start_quantizing(tokenizer: DDT, data: Frames, step: int, n: int, world: tra
     tokenizer.quantizer.fill(z.flatten(0, 1))
     if not tokenizer.past_plateau:
         world.print0(f"step {step}: quantization starts, but the error at pure noise is still "
-                     f"{tokenizer.noise_mse:.2f}: the tokens carry little information. Give it more "
-                     "--steps, a later --quantize_at, or another --seed")
+                     f"{tokenizer.noise_mse:.2f}: the tokens carry little information. Give it "
+                     "more --steps, a later --quantize_at, or another --seed")
 
 
 # ------------------------------------------------------------------ the stage
 
 
 def reconstruction(tokenizer) -> Callable[[Tensor], Tensor]:
-    """As evaluate.evaluate wants it (with shown = 32): frames (B, F, 3, H, W) in [0, 1] -> the same."""
+    """For evaluate.evaluate with shown = 32: frames (B, F, 3, H, W) in [0, 1] -> the same."""
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
         generator = torch.Generator(frames.device).manual_seed(0)
@@ -728,7 +743,7 @@ def reconstruction(tokenizer) -> Callable[[Tensor], Tensor]:
 
 
 def center_error(tokenizer, scenario: str, device, n: int = 32) -> tuple[float, int]:
-    """Median distance of the found from the true centre in reconstructed iid clips; codes in use."""
+    """Median centre error of the balls in reconstructed iid clips; number of codes in use."""
     clips = sim.sample(scenario, "iid", n, evaluate.EVAL_SEED).to(device)
     frames = sim.render(clips.position, clips.radius, tokenizer.config.size)
     center, _, _ = reward.detect(reconstruction(tokenizer)(frames), clips.radius.shape[1])
@@ -738,10 +753,10 @@ def center_error(tokenizer, scenario: str, device, n: int = 32) -> tuple[float, 
 
 
 def report(config, tokenizer: DDT, world: train.World) -> None:
-    """The tokenizer's rows of the result table, and its picture. What is there is not done again."""
+    """The tokenizer's rows of the result table, and its picture. What is there is kept."""
     names, size = train.scenarios(config.scenario), tokenizer.config.size
-    vae_stage.report(dataclasses.replace(tokenizer.config, out=config.out, scenario=config.scenario),
-                     tokenizer.vae, world)
+    c = dataclasses.replace(tokenizer.config, out=config.out, scenario=config.scenario)
+    vae_stage.report(c, tokenizer.vae, world)
     if world.is_main:
         evaluate.add_row(Path(config.out, "results.json"), "DDT", reconstruction(tokenizer), names,
                          evaluate.SPLITS, tokenizer.config.eval_clips, size=size, shown=sim.FRAMES,
@@ -774,8 +789,8 @@ def check_scenario(config, tokenizer, folder: Path) -> None:
     """UserError for a motion that a tokenizer was not trained on."""
     known = tokenizer.config.scenario
     unknown = set(train.scenarios(config.scenario)) - set(train.scenarios(known))
-    check(not unknown, f"--scenario {config.scenario}: {folder} was trained on {known}; choose another "
-          "--out")
+    check(not unknown, f"--scenario {config.scenario}: {folder} was trained on {known}; choose "
+          "another --out")
 
 
 def check_config(c: Config) -> None:
@@ -787,8 +802,8 @@ def check_config(c: Config) -> None:
           "dimensions away")
     check(c.shift > 0, f"--shift {c.shift}: must be above 0; 1 leaves time as it is")
     check(c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
-    check(c.query_width % c.heads == 0, f"--query_width {c.query_width}: must be a multiple of --heads "
-          f"{c.heads}")
+    check(c.query_width % c.heads == 0, f"--query_width {c.query_width}: must be a multiple of "
+          f"--heads {c.heads}")
     check(c.width % (4 * c.heads) == 0, f"--width {c.width}: must be a multiple of 4 times --heads "
           f"{c.heads}")
     check(c.image_width % 4 == 0, f"--image_width {c.image_width}: must be a multiple of 4")

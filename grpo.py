@@ -20,14 +20,14 @@ Differences from textbook GRPO, and choices where the paper is silent (measured:
 6. Reward-to-go: a token is judged by the eight frames from its own on (--whole_clip: by all).
 7. The KL is also taken on ground-truth clips of SFT's range, which RL would forget (beta_pretrain).
 
-    torchrun grpo.py                    # from nothing: VAE, DDT, SFT (if missing), GRPO, table, pictures
+    torchrun grpo.py               # from nothing: VAE, DDT, SFT (if missing), GRPO, table, pictures
     python grpo.py --fresh --beta 0     # trains the policy again; any field of Config is a flag
     torchrun --nproc_per_node=8 grpo.py # 8 ranks; the global batch stays as it is
 
 Expected at `tiny` on 2 CPU cores: 19 to 35 minutes in all, of them 2 to 4 for GRPO.
 
-Axes: B clips, F frames, K tokens of a frame, P prompts, G group (rollouts per prompt), R = P G rollouts,
-S sequence, T sampled tokens, V codes, H W pixels.
+Axes: B clips, F frames, K tokens of a frame, P prompts, G group (rollouts per prompt), R = P G
+rollouts, S sequence, T sampled tokens, V codes, H W pixels.
 """
 import copy
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class Config:
     top_k: int = 50             # sampling: only the most likely codes, this many
     top_p: float = 0.95         # sampling: of these the fewest that hold this probability
     # loss
-    clip_eps: float = 0.2       # PPO's epsilon: the ratio of new to old policy is clipped to 1 +- this
+    clip_eps: float = 0.2    # PPO's epsilon: the ratio of new to old policy is clipped to 1 +- this
     horizon: int = 8            # frames whose reward judges a token, its own the first of them
     whole_clip: bool = False    # judge every token by the reward of the whole clip, as in the paper
     beta: float = 0.02          # weight of the KL to the SFT model on rollouts
@@ -87,8 +87,8 @@ class Config:
     eval_clips: int = 256       # clips per split of the result table
 
 
-# `paper` is Table 3, on 8 GPUs: 3 or 4 prompts each. The paper gives neither group nor beta: they are
-# those of `tiny`. Its batch of 28 is taken as prompts.
+# `paper` is Table 3, on 8 GPUs: 3 or 4 prompts each. The paper gives neither group nor beta: they
+# are those of `tiny`. Its batch of 28 is taken as prompts.
 PRESETS = {
     "tiny": {},
     "small": dict(scenario="all", clips=20000, prompts=32, micro_batch=64, steps=300, lr=2e-5,
@@ -153,7 +153,8 @@ class Rollout:
 
     def split(self, n: int) -> list["Rollout"]:
         """n micro-batches of rollouts."""
-        fields = (self.ids, self.codes, self.support, self.logp_old, self.logits_ref, self.advantage)
+        fields = (self.ids, self.codes, self.support, self.logp_old, self.logits_ref,
+                  self.advantage)
         return [Rollout(*part, self.scores) for part in zip(*(x.tensor_split(n) for x in fields))]
 
 
@@ -186,13 +187,13 @@ class CodeLogits(nn.Module):
 @torch.no_grad()
 def rollout(policy: Llama, reference: Llama, tokenizer: DDT, clips: sim.Clips, config: Config,
             generators: list[torch.Generator]) -> Rollout:
-    """Samples G continuations of each clip's condition, a generator per clip; decodes, scores them."""
+    """Samples G continuations per clip, with a generator per clip, decodes and scores them."""
     P, G, K = len(clips), config.group, tokenizer.config.queries
     T = (FRAMES - CONDITION) * K
 
     # the condition as a prompt
     given = sim.render(clips.position[:, :CONDITION], clips.radius, tokenizer.config.size)
-    codes = tokenizer.encode(given.flatten(0, 1)).view(P, CONDITION, K)         # given (P, 3, 3, H, W)
+    codes = tokenizer.encode(given.flatten(0, 1)).view(P, CONDITION, K)      # given (P, 3, 3, H, W)
     prompt = sft.sequence(policy, codes)                                        # (P, 1 + 3 K)
 
     # sampling, and the support that each code was drawn from
@@ -207,7 +208,7 @@ def rollout(policy: Llama, reference: Llama, tokenizer: DDT, clips: sim.Clips, c
     # frames to rewards, and those to advantages
     clip_of = torch.arange(P, device=codes.device).repeat_interleave(G)         # (R,)
     scores = reward.reward(frames, clips[clip_of], config.horizon)
-    scores = {name: x.unflatten(0, (P, G)) for name, x in scores.items()}       # (P, G) or (P, G, F)
+    scores = {name: x.unflatten(0, (P, G)) for name, x in scores.items()}      # (P, G) or (P, G, F)
     to_go = scores.pop("ahead")[:, :, CONDITION:]                               # (P, G, F - 3)
     advantage = advantages(to_go)
     if config.whole_clip:
@@ -259,10 +260,11 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
 
     with train.Run(folder, policy, config, world, show=("reward", "kl")) as run:
         for step in run:
-            motion, turn = step % len(names), step // len(names)                # one motion per step
+            motion, turn = step % len(names), step // len(names)               # one motion per step
             index = world.shard(train.batch_indices(config.seed, turn, P, config.clips))
             # a generator per prompt: rollouts do not depend on the number of ranks
-            generators = [train.generator(config.seed, step, p, device=world.device) for p in range(P)]
+            generators = [train.generator(config.seed, step, p, device=world.device)
+                          for p in range(P)]
             clips = posttrain[motion][index].to(world.device)
             r = rollout(policy, reference, tokenizer, clips, config, world.shard(generators))
             micro_batches = r.split(n)
@@ -274,8 +276,8 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
             for part in run.accumulate(micro_batches, policy_logits):
                 logits = policy_logits(part.ids, T)
                 if isinstance(part, Rollout):
-                    out = grpo_loss(logits, part.logits_ref, part.codes, part.support, part.logp_old,
-                                    part.advantage, config.clip_eps, config.beta)
+                    out = grpo_loss(logits, part.logits_ref, part.codes, part.support,
+                                    part.logp_old, part.advantage, config.clip_eps, config.beta)
                     loss = out["loss"].sum() / R
                     outs.append({name: x.detach() for name, x in out.items()})
                 else:
@@ -338,8 +340,8 @@ def report(config: Config, tokenizer: DDT, models: dict[str, Llama], world: trai
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     train.scenarios(config.scenario)
-    check(config.group > 1, f"--group {config.group}: advantages compare the rollouts of a group, it "
-          "needs at least 2")
+    check(config.group > 1, f"--group {config.group}: advantages compare the rollouts of a group, "
+          "it needs at least 2")
     world = train.start(config.seed, config.out)
     tokenizer = sft.load_tokenizer(config, world)
     reference = sft.ensure(config, tokenizer, world).requires_grad_(False)

@@ -11,8 +11,8 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 1. The softmax is over the 256 visual codes only: at inference text tokens are masked anyway.
 2. The codes of a frame are in the order of their time steps, V_1 first.
 3. Clips are tokenized once, before training: 32 K bytes each.
-4. Against exposure bias, inputs are corrupted in training: a code after the given frames becomes one of
-   its three nearest, and one in ten any code. Targets stay clean.
+4. Against exposure bias, inputs are corrupted in training: a code after the given frames becomes
+   one of its three nearest, and one in ten any code. Targets stay clean.
 5. In a new model the embeddings of near codes start alike (`init_code_embeddings`).
 6. Evaluation is by greedy decoding.
 
@@ -89,8 +89,8 @@ class Config:
 # `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
 PRESETS = {
     "tiny": {},
-    "small": dict(scenario="all", clips=20000, hidden=768, ffn=2304, layers=12, heads=12, kv_heads=4,
-                  dtype="bfloat16", steps=6000, batch=128, lr=6e-4, warmup=300),
+    "small": dict(scenario="all", clips=20000, hidden=768, ffn=2304, layers=12, heads=12,
+                  kv_heads=4, dtype="bfloat16", steps=6000, batch=128, lr=6e-4, warmup=300),
     "paper": dict(scenario="all", clips=3_000_000, corrupt=0.0, near=1, dtype="bfloat16",
                   checkpointing=True, steps=360_000, batch=768, lr=1e-4, warmup=5000,
                   save_every=1000, eval_clips=1000),
@@ -156,7 +156,8 @@ def nearest_codes(codebook: Tensor, n: int) -> Tensor:
     return cosine.topk(n).indices
 
 
-def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float, generator: torch.Generator) -> Tensor:
+def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float,
+                   generator: torch.Generator) -> Tensor:
     """
     Against exposure bias: in generation the model is given its own mistakes, thus in training its
     inputs hold some. codes (B, F, K): those of the given frames stay as they are; the others become
@@ -173,10 +174,10 @@ def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float, generator: torch
 @torch.no_grad()
 def init_code_embeddings(model: Llama, codebook: Tensor, frequency: float = 5.0) -> None:
     """
-    The embedding and head rows of the codes start as random Fourier features (Rahimi and Recht 2007)
-    of the codebook (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), s from 1 to `frequency`
-    over the channels, as large as the rows they replace. Near codes start alike, and what is
-    learnt of one holds for its neighbours.
+    The embedding and head rows of the codes start as random Fourier features (Rahimi and Recht
+    2007) of the codebook (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), s from 1 to
+    `frequency` over the channels, as large as the rows they replace. Near codes start alike, and
+    what is learnt of one holds for its neighbours.
     """
     for weight in (model.model.embed_tokens.weight, model.lm_head.weight):      # (1 + V, D)
         D, rows = weight.shape[1], weight[model.first_code:]
@@ -209,8 +210,8 @@ class NextToken(nn.Module):
 
 def training_codes(config: Config, tokenizer: DDT, folder: Path, world: train.World) -> np.ndarray:
     """
-    Codes (n, F, K) of the training clips, uint8, mapped from <folder>/codes.npy. If that is missing,
-    or of another tokenizer or other clips, the ranks share the work.
+    Codes (n, F, K) of the training clips, uint8, mapped from <folder>/codes.npy. If that is
+    missing, or of another tokenizer or other clips, the ranks share the work.
     """
     names, K = train.scenarios(config.scenario), tokenizer.config.queries
     shape = (len(names) * config.clips, FRAMES, K)
@@ -269,15 +270,16 @@ def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     c = model.config
     check(c.bos_token_id is not None, f"--llm {config.llm}: its config.json names no bos_token_id, "
           "with which every clip begins")
-    check(S <= c.max_position_embeddings, f"--llm {config.llm}: a clip has {S} tokens, this model's "
-          f"context {c.max_position_embeddings}")
+    check(S <= c.max_position_embeddings, f"--llm {config.llm}: a clip has {S} tokens, this "
+          f"model's context {c.max_position_embeddings}")
     return model
 
 
 def new_shape(config: Config, S: int, V: int) -> LlamaConfig:
     """A new model: BOS and V codes, with room for S tokens."""
-    return LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
-                       config.hidden // config.heads, max_position_embeddings=S, n_visual=V)
+    return LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads,
+                       config.kv_heads, config.hidden // config.heads, max_position_embeddings=S,
+                       n_visual=V)
 
 
 def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
@@ -324,7 +326,8 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
 
 def load_tokenizer(config, world: train.World) -> DDT:
     """The tokenizer of <out>, trained first if missing. A VQGAN has DDT's encode and decode."""
-    check(config.tokenizer in ("ddt", "vqgan"), f"--tokenizer {config.tokenizer}: choose ddt or vqgan")
+    known = config.tokenizer in ("ddt", "vqgan")
+    check(known, f"--tokenizer {config.tokenizer}: choose ddt or vqgan")
     if config.tokenizer == "ddt":
         return ddt.ensure(config, world)
     import experiments.vqgan                                # only the comparison needs it
@@ -336,7 +339,7 @@ def tokenizer_file(config) -> dict[str, Path]:
 
 
 def load(folder: Path, **sources: Path) -> Llama:
-    """Loads a model. UserError if it was trained on other tokenizer or SFT weights than `sources`."""
+    """Loads a model. UserError if it was trained on other weights than `sources`."""
     checkpoint.check_provenance(Path(folder), **sources)
     try:
         return Llama.load(folder).eval()
@@ -371,9 +374,9 @@ def check_config(c: Config) -> None:
     check(c.dtype in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
     check(c.corrupt < 1, f"--corrupt {c.corrupt}: a share of the codes, below 1")
     check(c.near <= 256, f"--near {c.near}: between 1 and the 256 codes there are")
-    check(c.hidden % (2 * c.heads) == 0 and c.heads % c.kv_heads == 0, f"--hidden {c.hidden} must be a "
-          f"multiple of twice --heads {c.heads}, and that of --kv_heads {c.kv_heads}")
-    if c.llm:                           # a folder that cannot be read is known before an hour of tokens
+    check(c.hidden % (2 * c.heads) == 0 and c.heads % c.kv_heads == 0, f"--hidden {c.hidden} must "
+          f"be a multiple of twice --heads {c.heads}, and that of --kv_heads {c.kv_heads}")
+    if c.llm:                       # a folder that cannot be read is known before an hour of tokens
         try:
             read_config(c.llm)
         except ValueError as error:

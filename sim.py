@@ -439,7 +439,8 @@ def main(argv: list[str] | None = None) -> None:
             off = (clips.position - closed_form(clips)).norm(dim=-1).max()
             names = [f"{args.split} {i + 1}" for i in range(len(clips))]
             pictures.save_gif(Path(args.out, f"{scenario}.gif"), {"": frames}, names)
-            pictures.save_strip(Path(args.out, f"{scenario}.png"), dict(zip(names, frames[:, None])), [""])
+            strip = dict(zip(names, frames[:, None]))
+            pictures.save_strip(Path(args.out, f"{scenario}.png"), strip, [""])
             print(f"{scenario:10s} {args.out}/{scenario}.gif, .png   4 {args.split} clips, "
                   f"at most {off:.4f} units from the closed form")
     except (ValueError, OSError) as error:

@@ -3,11 +3,11 @@ VQGAN, what the paper compares its tokenizer with: spatial tokens for the same l
 
     frame -> convolutions -> 4 x 4 grid of vectors -> nearest of 256 codes -> convolutions -> frame
 
-A token encodes what is in its cell of the picture, not what a step of a diffusion has destroyed. The
-tokens of a frame go to the language model row by row.
+A token encodes what is in its cell of the picture, not what a step of a diffusion has destroyed.
+The tokens of a frame go to the language model row by row.
 
-Source: Esser et al. 2021, https://arxiv.org/abs/2012.09841. The convolutions are those of vae.py, the
-quantizer is that of ddt.py.
+Source: Esser et al. 2021, https://arxiv.org/abs/2012.09841. The convolutions are those of vae.py,
+the quantizer is that of ddt.py.
 
 Choices where the paper is silent (measured: docs/RESULTS.md)
 1. The loss is squared error + commitment. VQGAN's perceptual loss needs a network trained on
@@ -15,8 +15,8 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 2. Quantization starts after a tenth of the training: a convolution depends on the picture at once.
 3. One linear layer serves all cells: a ball looks the same in every one.
 
-    python -m experiments.vqgan                             # trains <out>/vqgan, for experiments.figures
-    python sft.py --tokenizer vqgan --out runs/tiny-vqgan   # ... and the same language model on its tokens
+    python -m experiments.vqgan                        # trains <out>/vqgan, for experiments.figures
+    python sft.py --tokenizer vqgan --out runs/tiny-vqgan   # and the language model on its tokens
 
 Axes: B batch, C channels, H W pixels, K = cells of the grid, D width, V codes.
 """
@@ -228,8 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     shrink = 2 ** (c.levels - 1)
     check(c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
     check(c.width % 8 == 0, f"--width {c.width}: must be a multiple of 8 (its norms have 8 groups)")
-    check(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, by which --levels "
-          f"{c.levels} shrink it")
+    check(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, by which "
+          f"--levels {c.levels} shrink it")
     run(config, train.start(c.seed, c.out))
 
 
