@@ -4,7 +4,7 @@ turns the errors into a reward.
 
 Source: Phys-AR, section 3.4 and appendix D.
     velocity error   e_v = mean |v - v^|             (Eq. 4)
-    velocity reward  alpha exp(-k e_v)               (Eq. 5), alpha = 4, k = 1.4
+    velocity reward  alpha exp(-k e_v)               (Eq. 5 and 11), alpha = 4, k = 1.4
     mass reward      1 - e_r,  e_r = mean |r - r^|   (Eq. 6), r in world units
     reward           their sum                       (Eq. 7)
 
