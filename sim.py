@@ -473,8 +473,8 @@ def main(argv: list[str] | None = None) -> None:
             off = (clips.position - closed_form(clips)).norm(dim=-1).max()
             save_gif(Path(args.out, f"{scenario}.gif"), [frames])
             save_strip(Path(args.out, f"{scenario}.png"), list(frames))
-            print(f"{scenario:10s} {args.out}/{scenario}.gif, .png   4 {args.split} clips, "
-                  f"at most {off:.4f} units from the closed form")
+            print(f"{scenario:10s} {args.out}/{scenario}.gif, .png   4 {args.split} clips, at most {off:.4f} units "
+                  "from the closed form")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
