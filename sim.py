@@ -361,7 +361,7 @@ def closed_form(clips: Clips) -> Tensor:
     t = DT * torch.arange(FRAMES, dtype=torch.float64, device=clips.position.device)
     t = t[:, None, None]                                          # (F, 1, 1)
     start = clips.position[:, :1]                                 # (B, 1, N, 2)
-    velocity = initial_velocity(clips.velocity)   # (B, N, 2)
+    velocity = initial_velocity(clips.velocity)                   # (B, N, 2)
     if clips.scenario != "collision":
         position = start + velocity[:, None] * t                  # (B, F, N, 2)
         if clips.scenario == "parabola":

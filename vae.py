@@ -488,8 +488,9 @@ def ensure(config, world: train.World) -> VAE:
         return adopt(folder, config.vae, world)
     if not (folder / WEIGHTS).exists():
         check(config.preset in PRESETS, f"{folder} is missing, and --preset {config.preset} needs "
-              "a pre-trained VAE: name the folder of one, such as `vae` of stable-diffusion-3-medium-"
-              f"diffusers (python ddt.py --preset {config.preset} --out {config.out} --vae DIR)")
+              "a pre-trained VAE: name the folder of one, such as `vae` of stable-diffusion-3-"
+              f"medium-diffusers (python ddt.py --preset {config.preset} --out {config.out} --vae "
+              "DIR)")
         world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
         return run(train.stage_config("vae", Config, PRESETS, config, size=config.size,
                                       clips=config.clips), world)
