@@ -51,7 +51,9 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
         if not torch.isfinite(predicted).all():
             raise ValueError("predict returned NaN or infinity")
         predicted = _round(predicted)
-        batches.append(reward.errors(predicted, truth) | reward.reward(predicted, truth))
+        balls = reward.detect(predicted, truth.radius.shape[1])
+        batches.append(reward.errors(predicted, truth, balls)
+                       | reward.reward(predicted, truth, balls=balls))
 
     measured = {}                                                     # name -> (n,)
     for name in batches[0]:
