@@ -127,7 +127,7 @@ def parse(Config, presets: dict[str, dict], argv: list[str] | None):
             kind = dict(action="store_true")
         else:
             kind = dict(type=field.type, metavar=field.type.__name__.upper())
-            comment += " (default: " + ("empty" if default == "" else f"{default}") + ")"
+            comment += "" if default == "" else f" (default: {default})"
         comment = comment.replace("%", "%%")
         groups[heading].add_argument(f"--{field.name}", default=None, help=comment, **kind)
     given, unknown = parser.parse_known_args(argv)
