@@ -768,8 +768,9 @@ def report(config, tokenizer: DDT, world: train.World) -> None:
             truth = [sim.render(c.position, c.radius, size).to(world.device) for c in clips]
             videos = {"truth": torch.cat(truth),
                       "DDT": torch.cat([reconstruction(tokenizer)(x) for x in truth])}
-            headings = [f"{name}, {split}" for name, split in splits]
-            pictures.save_strip(picture, videos, headings, truth=clips)
+            titles = [f"{name}, {split}: radius {c.radius[0, 0]:.2f}"
+                      for (name, split), c in zip(splits, clips)]
+            pictures.save_strip(picture, videos, titles, truth=clips)
     world.barrier()
 
 

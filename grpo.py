@@ -332,8 +332,10 @@ def report(config: Config, tokenizer: DDT, models: dict[str, Llama], world: trai
     videos = {"truth": truth}
     for row, model in models.items():
         videos[row] = sft.predictor(model, tokenizer)(truth[:, :CONDITION])
-    pictures.save_gif(out / "clips.gif", videos, splits, truth=clips, given=CONDITION)
-    pictures.save_strip(out / "clips.png", videos, splits, truth=clips, given=CONDITION)
+    titles = [f"{split}\nradius {c.radius[0, 0]:.1f}, speed {c.velocity[0, 0]:.1f}"
+              for split, c in zip(splits, clips)]
+    pictures.save_gif(out / "clips.gif", videos, titles, truth=clips, given=CONDITION)
+    pictures.save_strip(out / "clips.png", videos, titles, truth=clips, given=CONDITION)
     print(f"\nresults: {out}/results.json   pictures: {out}/clips.gif, {out}/clips.png")
 
 
