@@ -528,14 +528,19 @@ def run(config: Config, world: train.World) -> VAE:
     return train_vae(config, world)
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = train.parse(Config, PRESETS, argv)
+def check_config(config: Config) -> None:
+    """UserError for flags that cannot work."""
     train.scenarios(config.scenario)
     shrink = 2 ** (config.levels - 1)
     check(config.size % shrink == 0, f"--size {config.size}: must be a multiple of {shrink}, by "
           f"which --levels {config.levels} shrink it")
     check(config.width % 8 == 0, f"--width {config.width}: must be a multiple of 8 (its norms have "
           "8 groups)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = train.parse(Config, PRESETS, argv)
+    check_config(config)
     world = train.start(config.seed, config.out)
     report(config, run(config, world), world)
     if world.is_main:
