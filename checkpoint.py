@@ -26,10 +26,12 @@ import zlib
 from pathlib import Path
 from typing import Callable, Iterator
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -271,7 +273,21 @@ def changed_fields(then: dict, config) -> dict[str, str]:
             if name not in FREE_FIELDS and then.get(name) != value}
 
 
-# ------------------------------------------------------------------ finished models
+# ------------------------------------------------------------------ a stage's folder
+
+
+def start_stage(folder: Path, config, world, **sources: Path) -> Path:
+    """
+    The folder that a stage trains in: made, freed of an old model with --fresh, and marked with the
+    weight files that the stage starts from. UserError if what is there started from others.
+    """
+    writable(folder)
+    if config.fresh:
+        delete_model(folder)
+    sums = check_provenance(folder, **sources)
+    if sources and world.is_main:
+        write_json(folder / "provenance.json", sums)
+    return folder
 
 
 def finish(folder: Path, save: Callable[[Path], None], config, model: nn.Module, world) -> None:
@@ -315,20 +331,14 @@ def _remove_checkpoints(folder: Path) -> None:
 def delete_model(folder: Path) -> None:
     """For --fresh: an interrupted retraining must not be mistaken for the old model."""
     _remove_checkpoints(folder)
-    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors", "trained.json"):
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors", "trained.json",
+                 "reconstruction.png"):
         (folder / name).unlink(missing_ok=True)
 
 
 def command(stage: str) -> str:
     """What trains the model in <out>/<stage>."""
     return f"python -m experiments.{stage}" if stage in ("vqgan", "dit") else f"python {stage}.py"
-
-
-def write_provenance(folder: Path, world, **sources: Path) -> None:
-    """Notes the weight files that a stage starts from, unless it started from others before."""
-    sums = check_provenance(folder, **sources)
-    if world.is_main:
-        write_json(folder / "provenance.json", sums)
 
 
 def check_provenance(folder: Path, **sources: Path) -> dict[str, str]:
@@ -344,3 +354,45 @@ def check_provenance(folder: Path, **sources: Path) -> dict[str, str]:
                   f"{sources[name].parent}: train it again with `{command(folder.name)} --fresh "
                   f"--out {folder.parent}`, or choose another --out")
     return now
+
+
+# ------------------------------------------------------------------ cached arrays
+
+
+def cached_array(path: Path, stamp: str, shape: tuple[int, ...], chunks: list[slice],
+                 make: Callable[[slice], np.ndarray], world) -> np.ndarray:
+    """
+    A uint8 array of some shape, mapped from the file `path`. If that is missing, damaged or of
+    another stamp (a text), the ranks make it together: make(chunk) gives the rows of one chunk.
+    """
+    note = path.with_suffix(".txt")
+    array = _load_array(path, note, stamp, shape)
+    world.barrier()                         # every rank has looked before one writes
+    if array is not None:
+        return array
+    part = path.with_suffix(".part")
+    if world.is_main:
+        writable(path.parent)
+        note.unlink(missing_ok=True)
+        np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+    world.barrier()
+    array = np.lib.format.open_memmap(part, "r+")
+    mine = chunks[world.rank::world.size]
+    for chunk in tqdm(mine, path.stem, ncols=100, mininterval=5, disable=not world.is_main):
+        array[chunk] = make(chunk)
+    array.flush()
+    world.barrier()
+    if world.is_main:
+        part.replace(path)
+        note.write_text(stamp)              # last: with its stamp the array is whole
+    world.barrier()
+    return _load_array(path, note, stamp, shape)
+
+
+def _load_array(path: Path, note: Path, stamp: str, shape: tuple) -> np.ndarray | None:
+    try:
+        array = np.load(path, mmap_mode="r")
+        whole = array.shape == shape and array.dtype == np.uint8 and note.read_text() == stamp
+        return array if whole else None
+    except (OSError, ValueError, EOFError):
+        return None

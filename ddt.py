@@ -638,16 +638,13 @@ def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Modu
 
 def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     """Trains encoder, quantizer and decoder together and saves the tokenizer in <out>/ddt."""
-    folder = checkpoint.writable(Path(config.out, "ddt"))
     torch.manual_seed(config.seed)
     try:
         tokenizer = DDT(config, vae).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.fresh:
-        checkpoint.delete_model(folder)
-        Path(folder, "reconstruction.png").unlink(missing_ok=True)
-    checkpoint.write_provenance(folder, world, vae=folder.parent / "vae" / vae_stage.WEIGHTS)
+    weights = Path(config.out, "vae", vae_stage.WEIGHTS)
+    folder = checkpoint.start_stage(Path(config.out, "ddt"), config, world, vae=weights)
 
     B, data = config.batch, Frames(config, world.device)
     world.print0(f"DDT: {millions(tokenizer.encoder)} parameters encoder, "
@@ -752,26 +749,24 @@ def center_error(tokenizer, scenario: str, device, n: int = 32) -> tuple[float, 
     return error.nanmedian().item(), used
 
 
-def report(config, tokenizer: DDT, world: train.World) -> None:
+def report(config, tokenizer: DDT, world: train.World) -> Path:
     """The tokenizer's rows of the result table, and its picture. What is there is kept."""
-    names, size = train.scenarios(config.scenario), tokenizer.config.size
-    c = dataclasses.replace(tokenizer.config, out=config.out, scenario=config.scenario)
+    c, predict = tokenizer.config, reconstruction(tokenizer)
+    c = dataclasses.replace(c, out=config.out, scenario=config.scenario)
     vae_stage.report(c, tokenizer.vae, world)
-    if world.is_main:
-        evaluate.add_row(Path(config.out, "results.json"), "DDT", reconstruction(tokenizer), names,
-                         evaluate.SPLITS, tokenizer.config.eval_clips, size=size, shown=sim.FRAMES,
-                         device=world.device)
-        picture = Path(config.out, "ddt", "reconstruction.png")
-        if not picture.exists():
-            splits = [(name, split) for name in names for split in ("iid", "small", "large")]
-            clips = [sim.sample(*pair, 1, evaluate.EVAL_SEED) for pair in splits]
-            truth = [sim.render(c.position, c.radius, size).to(world.device) for c in clips]
-            videos = {"truth": torch.cat(truth),
-                      "DDT": torch.cat([reconstruction(tokenizer)(x) for x in truth])}
-            titles = [f"{name}, {split}: radius {c.radius[0, 0]:.2f}"
-                      for (name, split), c in zip(splits, clips)]
-            pictures.save_strip(picture, videos, titles, truth=clips)
+    results = evaluate.add_rows(c, {"DDT": predict}, c.size, world, shown=sim.FRAMES)
+    picture = Path(config.out, "ddt", "reconstruction.png")
+    if world.is_main and not picture.exists():
+        splits = [(name, split) for name in train.scenarios(config.scenario)
+                  for split in ("iid", "small", "large")]
+        clips = [sim.sample(*pair, 1, evaluate.EVAL_SEED) for pair in splits]
+        truth = [sim.render(x.position, x.radius, c.size).to(world.device) for x in clips]
+        videos = {"truth": torch.cat(truth), "DDT": torch.cat([predict(x) for x in truth])}
+        titles = [f"{name}, {split}: radius {x.radius[0, 0]:.2f}"
+                  for (name, split), x in zip(splits, clips)]
+        pictures.save_strip(picture, videos, titles, truth=clips)
     world.barrier()
+    return results
 
 
 def ensure(config, world: train.World) -> DDT:
@@ -818,9 +813,8 @@ def main_with(config: Config, world: train.World) -> None:
         tokenizer = DDT.load(folder).to(world.device)
     else:
         tokenizer = train_ddt(config, vae, world)
-    report(config, tokenizer, world)
+    world.print0(evaluate.table(report(config, tokenizer, world)))
     if world.is_main:
-        print(evaluate.table(Path(config.out, "results.json")))
         for name in names:
             median, used = center_error(tokenizer, name, world.device)
             print(f"\n{name}: median centre error {median:.4f} world units, {used} codes in use")

@@ -20,6 +20,7 @@ import sim
 from checkpoint import read_json, write_json
 from sim import CONDITION
 
+Predictor = Callable[[Tensor], Tensor]      # the first frames of clips -> whole clips
 EVAL_SEED = 1_000_003       # of the clips in all tables; held out, because no training uses it
 SPLITS = ("iid", "ood", "slow", "fast", "small", "large")
 COLUMNS = ("velocity_error", "drift_error", "radius_error", "missing", "reward")
@@ -102,6 +103,22 @@ def add_row(path: Path, row: str, predict: Callable[[Tensor], Tensor], scenarios
                               size=size, each=True, **options)
             known[split] = result | {"of": of}
             write_json(path, results)
+
+
+def add_rows(config, predictors: dict[str, Predictor], size: int, world, splits=SPLITS, n: int = 0,
+             shown: int = CONDITION) -> Path:
+    """
+    Rows {name: predictor} of <config.out>/results.json, on every motion of config.scenario and n
+    clips per split (0: config.eval_clips). Rank 0 evaluates, the others wait. -> the file's path.
+    """
+    path = Path(config.out, "results.json")
+    motions = sim.SCENARIOS if config.scenario == "all" else [config.scenario]
+    if world.is_main:
+        for row, predict in predictors.items():
+            add_row(path, row, predict, motions, splits, n or config.eval_clips, size=size,
+                    shown=shown, device=world.device)
+    world.barrier()
+    return path
 
 
 def drop_rows(path: Path, *rows: str) -> None:

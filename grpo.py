@@ -256,10 +256,8 @@ def true_clips(reference: Llama, tokenizer: DDT, clips: sim.Clips) -> TrueClips:
 
 def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.World) -> Llama:
     """Trains a copy of the SFT model and saves it in <out>/grpo."""
-    folder = checkpoint.writable(Path(config.out, "grpo"))
-    if config.fresh:
-        checkpoint.delete_model(folder)
-    checkpoint.write_provenance(folder, world, **sources(config))
+    folder = Path(config.out, "grpo")
+    checkpoint.start_stage(folder, config, world, **sources(config))
     policy = copy.deepcopy(reference).requires_grad_(True)
     policy.checkpointing = config.checkpointing
     policy_logits = train.distribute(CodeLogits(policy), world)
@@ -335,22 +333,9 @@ def sources(config: Config) -> dict[str, Path]:
     return sft.tokenizer_file(config) | {"sft": Path(config.out, "sft", "model.safetensors")}
 
 
-def report(config: Config, predictors: dict, size: int, device) -> None:
-    """The result table before and after RL, the change clip by clip, and pictures."""
-    out, motions = Path(config.out), train.scenarios(config.scenario)
-    for row, predict in predictors.items():
-        evaluate.add_row(out / "results.json", row, predict, motions,
-                         ("posttrain", *evaluate.SPLITS), config.eval_clips, size=size,
-                         device=device)
-    print(evaluate.table(out / "results.json"))
-    print("\n" + evaluate.difference(out / "results.json", *predictors))
-    pictures.save_predictions(out, predictors, motions[0], size, device)
-    print(f"\nresults: {out}/results.json   pictures: {out}/clips.gif, {out}/clips.png")
-
-
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
-    train.scenarios(config.scenario)                        # raises for an unknown one
+    motions = train.scenarios(config.scenario)
     check(config.group > 1, f"--group {config.group}: advantages compare the rollouts of a group, "
           "it needs at least 2")
     world = train.start(config.seed, config.out)
@@ -361,10 +346,14 @@ def main(argv: list[str] | None = None) -> None:
         policy = sft.load(folder, **sources(config)).to(world.device)
     else:
         policy = train_grpo(config, tokenizer, reference, world)
+    predictors = {"SFT": sft.predictor(reference, tokenizer),
+                  "SFT + RL": sft.predictor(policy, tokenizer)}
+    size, splits = tokenizer.config.size, ("posttrain", *evaluate.SPLITS)
+    results = evaluate.add_rows(config, predictors, size, world, splits)
     if world.is_main:
-        predictors = {"SFT": sft.predictor(reference, tokenizer),
-                      "SFT + RL": sft.predictor(policy, tokenizer)}
-        report(config, predictors, tokenizer.config.size, world.device)
+        print(evaluate.table(results))
+        print("\n" + evaluate.difference(results, "SFT", "SFT + RL"))
+        pictures.save_predictions(results.parent, predictors, motions[0], size, world.device)
     world.barrier()
 
 

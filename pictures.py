@@ -143,3 +143,4 @@ def save_predictions(out: Path, predictors: dict[str, Callable[[Tensor], Tensor]
               for split, c in zip(splits, clips)]
     save_gif(out / "clips.gif", videos, titles, truth=clips, given=CONDITION)
     save_strip(out / "clips.png", videos, titles, truth=clips, given=CONDITION)
+    print(f"\nresults: {out}/results.json   pictures: {out}/clips.gif, {out}/clips.png")

@@ -34,7 +34,6 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
 import ddt
@@ -208,51 +207,23 @@ class NextToken(nn.Module):
 # ------------------------------------------------------------------ training
 
 
-def training_codes(config: Config, tokenizer: DDT, folder: Path, world: train.World) -> np.ndarray:
-    """
-    Codes (n, F, K) of the training clips, uint8, mapped from <folder>/codes.npy. If that is
-    missing, or of another tokenizer or other clips, the ranks share the work.
-    """
-    names, K = train.scenarios(config.scenario), tokenizer.config.queries
-    shape = (len(names) * config.clips, FRAMES, K)
-    stamp = json.dumps({"scenario": config.scenario, "clips": config.clips, "seed": config.seed,
+def training_codes(config: Config, tokenizer: DDT, path: Path, world: train.World) -> np.ndarray:
+    """Codes (n, F, K) of the training clips, uint8, made once and kept in a file."""
+    motions, K = train.scenarios(config.scenario), tokenizer.config.queries
+    clips = [sim.first_frames(name, "pretrain", config.clips, config.seed) for name in motions]
+    n = config.clips
+    chunks = [slice(i * n + start, i * n + min(start + sim.SCENES, n))          # of one motion each
+              for i in range(len(motions)) for start in range(0, n, sim.SCENES)]
+
+    def codes_of(chunk: slice) -> np.ndarray:
+        motion = chunk.start // n
+        part = clips[motion][chunk.start - motion * n:chunk.stop - motion * n]
+        return tokenize(tokenizer, sim.play(part)).numpy()                      # (b, F, K)
+
+    stamp = json.dumps({"scenario": config.scenario, "clips": n, "seed": config.seed,
                         "codebook": tokenizer.quantizer.codebook.double().sum().item()})
-    path, note = checkpoint.writable(folder) / "codes.npy", folder / "of.json"
-    codes = saved_codes(path, note, stamp, shape)
-    world.barrier()                                         # every rank has looked
-    if codes is not None:
-        return codes
-
-    part = path.with_suffix(".part")
-    if world.is_main:
-        note.unlink(missing_ok=True)
-        np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-    world.barrier()
-    codes = np.lib.format.open_memmap(part, "r+")
-    firsts = [sim.first_frames(name, "pretrain", config.clips, config.seed) for name in names]
-    chunks = [(i, start) for i in range(len(names)) for start in range(0, config.clips, sim.SCENES)]
-    bar = tqdm(chunks[world.rank::world.size], "tokens", ncols=100, disable=not world.is_main)
-    for i, start in bar:
-        clips = sim.play(firsts[i][start:start + sim.SCENES])
-        place = i * config.clips + start
-        codes[place:place + len(clips)] = tokenize(tokenizer, clips).numpy()
-    codes.flush()
-    world.barrier()
-    if world.is_main:
-        part.replace(path)
-        note.write_text(stamp)                              # last: with it, the codes are whole
-    world.barrier()
-    return saved_codes(path, note, stamp, shape)
-
-
-def saved_codes(path: Path, note: Path, stamp: str, shape: tuple) -> np.ndarray | None:
-    """The codes in a file, unless they are missing, damaged or of another stamp."""
-    try:
-        codes = np.load(path, mmap_mode="r")
-        whole = codes.shape == shape and codes.dtype == np.uint8 and note.read_text() == stamp
-        return codes if whole else None
-    except (OSError, ValueError, EOFError):
-        return None
+    shape = (len(motions) * n, FRAMES, K)
+    return checkpoint.cached_array(path, stamp, shape, chunks, codes_of, world)
 
 
 def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
@@ -284,14 +255,12 @@ def new_shape(config: Config, S: int, V: int) -> LlamaConfig:
 
 def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
-    folder = checkpoint.writable(Path(config.out, "sft"))
-    if config.fresh:
-        checkpoint.delete_model(folder)
-    checkpoint.write_provenance(folder, world, **tokenizer_file(config))
+    sources = tokenizer_file(config)
+    folder = checkpoint.start_stage(Path(config.out, "sft"), config, world, **sources)
     torch.manual_seed(config.seed)
     model = starting_model(config, tokenizer, world)
     model.checkpointing = config.checkpointing
-    codes = training_codes(config, tokenizer, folder / "tokens", world)         # (n, F, K)
+    codes = training_codes(config, tokenizer, folder / "codes.npy", world)      # (n, F, K)
     near = nearest_codes(tokenizer.quantizer.codebook, config.near)             # (V, near)
     B, n = config.batch, world.accumulation_steps(config.batch, config.micro_batch)
     world.print0(f"SFT: {millions(model)} parameters, {config.steps} steps of {B} clips of "
@@ -359,13 +328,10 @@ def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
     return model
 
 
-def report(config, tokenizer: DDT, model: Llama, world: train.World) -> None:
+def report(config, tokenizer: DDT, model: Llama, world: train.World) -> Path:
     """The model's row of the result table; what is there already is not done again."""
-    if world.is_main:
-        evaluate.add_row(Path(config.out, "results.json"), "SFT", predictor(model, tokenizer),
-                         train.scenarios(config.scenario), evaluate.SPLITS, config.eval_clips,
-                         size=tokenizer.config.size, device=world.device)
-    world.barrier()
+    predictors = {"SFT": predictor(model, tokenizer)}
+    return evaluate.add_rows(config, predictors, tokenizer.config.size, world)
 
 
 def check_config(c: Config) -> None:
@@ -395,9 +361,7 @@ def main_with(config: Config, tokenizer: DDT, world: train.World) -> Llama:
         model = load(folder, **tokenizer_file(config)).to(world.device)
     else:
         model = train_sft(config, tokenizer, world)
-    report(config, tokenizer, model, world)
-    if world.is_main:
-        print(evaluate.table(Path(config.out, "results.json")))
+    world.print0(evaluate.table(report(config, tokenizer, model, world)))
     return model
 
 

@@ -403,9 +403,7 @@ def small_vae(config: Config) -> VAE:
 
 def train_vae(config: Config, world: train.World) -> VAE:
     """Trains a small AutoencoderKL on single frames and saves it in <out>/vae."""
-    folder = checkpoint.writable(Path(config.out, "vae"))
-    if config.fresh:
-        checkpoint.delete_model(folder)
+    folder = checkpoint.start_stage(Path(config.out, "vae"), config, world)
     torch.manual_seed(config.seed)
     vae = small_vae(config).to(world.device)
     B, data = config.batch, Frames(config, world.device, ("pretrain", "ood"))
@@ -467,15 +465,10 @@ def reconstruction(vae: VAE) -> Callable[[Tensor], Tensor]:
     return predict
 
 
-def report(config, vae: VAE, world: train.World) -> None:
+def report(config, vae: VAE, world: train.World) -> Path:
     """Rows of the result table: the measurement's own floor, and what the VAE adds. Done once."""
-    if world.is_main:
-        rows = {"ground truth": lambda frames: frames, "VAE": reconstruction(vae)}
-        for row, predict in rows.items():
-            evaluate.add_row(Path(config.out, "results.json"), row, predict,
-                             train.scenarios(config.scenario), evaluate.SPLITS, config.eval_clips,
-                             size=config.size, shown=sim.FRAMES, device=world.device)
-    world.barrier()
+    predictors = {"ground truth": lambda frames: frames, "VAE": reconstruction(vae)}
+    return evaluate.add_rows(config, predictors, config.size, world, shown=sim.FRAMES)
 
 
 def ensure(config, world: train.World) -> VAE:
@@ -542,9 +535,7 @@ def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
     world = train.start(config.seed, config.out)
-    report(config, run(config, world), world)
-    if world.is_main:
-        print(evaluate.table(Path(config.out, "results.json")))
+    world.print0(evaluate.table(report(config, run(config, world), world)))
 
 
 if __name__ == "__main__":

@@ -267,15 +267,13 @@ class DiT(nn.Module):
 
 def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
     """Trains the denoiser on whole clips and saves it in <out>/dit."""
-    folder = checkpoint.writable(Path(config.out, "dit"))
     torch.manual_seed(config.seed)
     try:
         dit = DiT(config, vae).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.fresh:
-        checkpoint.delete_model(folder)
-    checkpoint.write_provenance(folder, world, vae=folder.parent / "vae" / vae_stage.WEIGHTS)
+    weights = Path(config.out, "vae", vae_stage.WEIGHTS)
+    folder = checkpoint.start_stage(Path(config.out, "dit"), config, world, vae=weights)
 
     B, data = config.batch, Frames(config, world.device)
     clips, shape = len(data) // FRAMES, (FRAMES, dit.channels, dit.side, dit.side)
@@ -318,7 +316,7 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
 
 def main(argv: list[str] | None = None) -> None:
     config = c = train.parse(Config, PRESETS, argv)
-    names = train.scenarios(c.scenario)
+    train.scenarios(c.scenario)
     check(c.width % (2 * c.heads) == 0 and c.width // c.heads >= 6, f"--width {c.width} must "
           f"divide by twice --heads {c.heads}, into at least 6 per head")
     check(1 < c.levels >= c.calls, f"--levels {c.levels}: at least 2, and at least the {c.calls} "
@@ -332,12 +330,8 @@ def main(argv: list[str] | None = None) -> None:
         dit.config.calls = c.calls
     else:
         dit = train_dit(config, vae, world)
-    if world.is_main:
-        results = out / "results.json"
-        evaluate.add_row(results, f"DiT, {c.calls} calls", dit.predictor(), names, evaluate.SPLITS,
-                         c.eval_clips, size=c.size, device=world.device)
-        print(evaluate.table(results))
-    world.barrier()
+    predictors = {f"DiT, {c.calls} calls": dit.predictor()}
+    world.print0(evaluate.table(evaluate.add_rows(c, predictors, c.size, world)))
 
 
 if __name__ == "__main__":

@@ -143,9 +143,7 @@ class VQGAN(nn.Module):
 
 def train_vqgan(config: Config, world: train.World) -> VQGAN:
     """Trains the tokenizer on single frames and saves it in <out>/vqgan."""
-    folder = checkpoint.writable(Path(config.out, "vqgan"))
-    if config.fresh:
-        checkpoint.delete_model(folder)
+    folder = checkpoint.start_stage(Path(config.out, "vqgan"), config, world)
     torch.manual_seed(config.seed)
     vqgan = VQGAN(config).to(world.device)
     B, data, quantizer = config.batch, Frames(config, world.device), vqgan.quantizer
@@ -185,13 +183,10 @@ def train_vqgan(config: Config, world: train.World) -> VQGAN:
     return vqgan.eval().requires_grad_(False)
 
 
-def report(config, vqgan: VQGAN, world: train.World) -> None:
+def report(config, vqgan: VQGAN, world: train.World) -> Path:
     """The tokenizer's row of the result table; what is there already is not done again."""
-    if world.is_main:
-        evaluate.add_row(Path(config.out, "results.json"), "VQGAN", reconstruction(vqgan),
-                         train.scenarios(config.scenario), evaluate.SPLITS, vqgan.config.eval_clips,
-                         size=vqgan.config.size, shown=sim.FRAMES, device=world.device)
-    world.barrier()
+    return evaluate.add_rows(config, {"VQGAN": reconstruction(vqgan)}, vqgan.config.size, world,
+                             n=vqgan.config.eval_clips, shown=sim.FRAMES)
 
 
 def ensure(config, world: train.World) -> VQGAN:
@@ -213,9 +208,8 @@ def run(config: Config, world: train.World) -> None:
         vqgan = VQGAN.load(folder).to(world.device)
     else:
         vqgan = train_vqgan(config, world)
-    report(config, vqgan, world)
+    world.print0(evaluate.table(report(config, vqgan, world)))
     if world.is_main:
-        print(evaluate.table(Path(config.out, "results.json")))
         for name in train.scenarios(config.scenario):
             median, used = ddt.center_error(vqgan, name, world.device)
             print(f"\n{name}: median centre error {median:.4f} world units, {used} codes in use")
