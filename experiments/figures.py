@@ -1,18 +1,18 @@
 """
 The paper's tables and figures, made from what a run folder holds.
 
-    python -m experiments.figures --table 1         # DiT and our language models, in distribution and out of it
-    python -m experiments.figures --table 2         # VQGAN and DDT tokens: SFT, SFT + RL; greedy, sampled, best of 8
-    python -m experiments.figures --table 4         # reconstruction: VAE, VQGAN, DDT; what the tokens encode
-    python -m experiments.figures --table order     # SFT on the codes in reverse order (trains it)
-    python -m experiments.figures --table ablation  # tokenizers that differ in one factor (trains them: hours)
-    python -m experiments.figures --table rl        # policies that differ in one factor (trains them)
-    python -m experiments.figures --figure 3        # error against the number of training clips (trains models)
+    python -m experiments.figures --table 1         # DiT and language models, IID and OOD
+    python -m experiments.figures --table 2         # VQGAN and DDT, SFT and RL; greedy and sampled
+    python -m experiments.figures --table 4         # reconstruction, and what the tokens encode
+    python -m experiments.figures --table order     # trains SFT on the codes in reverse order
+    python -m experiments.figures --table ablation  # trains tokenizers that differ in a factor: hours
+    python -m experiments.figures --table rl        # trains policies that differ in a factor
+    python -m experiments.figures --figure 3        # trains SFT on fewer clips: error against clips
     python -m experiments.figures --figure 4        # predicted clips beside the truth
     python -m experiments.figures --figure 5        # similarity of the tokens when a ball is moved
     python -m experiments.figures --figure 6        # similarity of the tokens of near frames
-    python -m experiments.figures --figure 7        # the first tokens of a frame replaced by another frame's
-    python -m experiments.figures --figure 8        # errors over radius and speed, before and after RL
+    python -m experiments.figures --figure 7        # first tokens of a frame replaced by another's
+    python -m experiments.figures --figure 8        # errors over radius and speed, SFT and SFT + RL
     python -m experiments.figures --figure prefix   # reconstruction from the first k tokens
 
 It reads runs/tiny (--out), names the command that makes what is missing, and writes pictures (PNG)
@@ -66,8 +66,8 @@ class Config:
     # what to make
     table: str = ""         # table to make: 1, 2, 4, order, ablation or rl
     figure: str = ""        # figure to make: 3 to 8, or prefix
-    clips: int = 32         # clips per split that tokenizers are measured on; tables 1 and 2: 4 times as many
-    llm: str = ""           # folder of a text model; figures 5 and 6 add its embedding of the coordinates
+    clips: int = 32         # clips per split; tables 1 and 2 take four times as many
+    llm: str = ""           # folder of a text model, whose embeddings figures 5 and 6 add
 
 
 PRESETS = {"tiny": {}, "small": {}, "paper": {}}
@@ -116,7 +116,7 @@ def tokenizer_of(run: Path) -> str:
 
 
 def load_language_model(run: Path, name: str) -> tuple[Llama, DDT | VQGAN]:
-    """The model of <run>/sft or <run>/grpo and its tokenizer. UserError if they do not belong together."""
+    """<run>/sft or <run>/grpo and its tokenizer. UserError if one was trained anew since."""
     kind = tokenizer_of(run)
     check_run(run, name, **{"tokenizer": kind} if kind == "vqgan" else {})
     sources = {kind: run / kind / MODEL}
@@ -155,12 +155,12 @@ def train_sft(config: sft.Config) -> None:
 
 
 def sft_row(run: Path) -> dict:
-    """SFT's row of a run's table: scenario -> split -> result of evaluate. UserError if not whole."""
+    """SFT's row of a run's table: scenario -> split -> result. Raises UserError if not whole."""
     row = read_json(run / "results.json").get("SFT", {})
     for scenario in motions(run, "sft"):
         missing = [split for split in evaluate.SPLITS if split not in row.get(scenario, {})]
-        check(not missing, f"{run}/results.json has no whole row of SFT: `python sft.py --out {run}` "
-              "adds what is missing")
+        check(not missing, f"{run}/results.json has no whole row of SFT: `python sft.py --out "
+              f"{run}` adds what is missing")
     return row
 
 
@@ -185,8 +185,9 @@ def fork(run: Path, place: Path, *names: str) -> Path:
         part.rename(place)
     for name in names:
         file = vae.WEIGHTS if name == "vae" else MODEL
-        check(checksum(place / name / file) == checksum(run / name / file), f"{place} was made from "
-              f"another {name} than {run} now holds: delete it, it is made again")
+        same = checksum(place / name / file) == checksum(run / name / file)
+        check(same, f"{place} was made from another {name} than {run} now holds: delete it, it is "
+              "made again")
     return place
 
 
@@ -280,7 +281,7 @@ PAPER2 = {
 STAGES = {"sft": "SFT", "grpo": "SFT + RL"}
 SAMPLES = 8
 
-# of one run: its results (scenario -> split -> result of evaluate), one per sample; whether to take the best
+# of one run: a result per sample (scenario -> split -> evaluate's), and whether the best is taken
 OneRun = tuple[list[dict], bool]
 
 
@@ -313,7 +314,8 @@ def predictions(run: Path, name: str, config: Config, samples: int = 0) -> dict[
     return {row: results[row] for row in predictors}
 
 
-def clip_by_clip(results: list[dict], splits: list[str], measure: str, best: bool = False) -> Tensor:
+def clip_by_clip(results: list[dict], splits: list[str], measure: str,
+                 best: bool = False) -> Tensor:
     """
     A measure of every clip of the splits (B,): the mean over results (samples), or with `best`
     that of the result with the highest reward. Clips in which no frame counts are left out.
@@ -407,7 +409,7 @@ def table2(config: Config, folder: Path) -> str:
 
 
 def order(config: Config, folder: Path) -> str:
-    """SFT on each run's tokenizer with the codes of a frame reversed, in <run>/reverse, and its own SFT."""
+    """Each run's SFT beside one on the reversed codes of a frame, trained in <run>/reverse."""
     found: dict[str, list[list[Tensor]]] = {}
     for run in run_folders(config):
         check_run(run, "sft")
@@ -490,15 +492,17 @@ def what_tokens_encode(model: DDT | VQGAN, scenario: str, kind: str, config: Con
     again = in_chunks(lambda c: model.encode(model.decode(c, generator=seeded())), codes)
     near = sft.nearest_codes(model.quantizer.codebook, 5)[codes]                # (n, K, 5)
     kept = (again == codes).double().mean()
-    moved = (again[..., None] == near[..., 1:]).any(-1).double().mean()         # [0] is the code itself
+    to_near = (again[..., None] == near[..., 1:]).any(-1)   # the first is the code itself
+    moved = to_near.double().mean()
     tokens = token_information(codes, attributes)
     bits = sum(token["bits"] for token in tokens)
 
-    lines = [f"\n{scenario}, {kind}: {len(codes.unique())} codes in use, at most {bits:.1f} bits per "
-             f"frame; encode(decode(codes)) keeps {kept:.1%} of the codes and makes of {moved:.1%} "
-             "one of their four nearest",
-             "token   codes  perplexity    bits   variance explained: "
-             + "  ".join(f"{name:>5s}" for name in names)]
+    used = len(codes.unique())
+    lines = [f"\n{scenario}, {kind}: {used} codes in use, at most {bits:.1f} bits per frame; "
+             f"encode(decode(codes)) keeps {kept:.1%} of the codes and makes of {moved:.1%} one of "
+             "their four nearest"]
+    title = "token   codes  perplexity    bits   variance explained: "
+    lines.append(title + "  ".join(f"{name:>5s}" for name in names))
     for k, token in enumerate(tokens):
         line = f"{k + 1:5d}{token['codes']:8d}{token['perplexity']:12.1f}{token['bits']:8.2f}"
         lines.append(line + " " * 22 + "  ".join(f"{x:5.2f}" for x in token["explained"]))
@@ -509,14 +513,17 @@ def what_tokens_encode(model: DDT | VQGAN, scenario: str, kind: str, config: Con
 
 BASE = ddt.Config(steps=2000)   # every row takes as many steps as make the same number of FLOPs
 SEEDS = (0, 1, 2)
-ABLATION = {                    # row -> fields that differ from BASE; "vae": how its own VAE is trained
+ABLATION = {                    # row -> fields that differ from BASE; "vae": its own VAE's Config
     "as it is": {},
     "8 tokens": {"queries": 8},
     "16 tokens": {"queries": 16},
-    "codes of 16 dimensions": {"code_dim": 16, "token_noise": 0.2},     # with less noise tokens stay alike
-    "codes of 4 dimensions": {"code_dim": 4},                           # a sphere, not a circle
+    # with less noise the tokens stay alike
+    "codes of 16 dimensions": {"code_dim": 16, "token_noise": 0.2},
+    # a sphere, not a circle
+    "codes of 4 dimensions": {"code_dim": 4},
     "all tokens at every time": {"prefix": "all"},
-    "no pure noise (nor what waits for it)": {"pure_noise": 0.0},       # token noise and crowding do
+    # token noise and crowding wait for its error to fall
+    "no pure noise (nor what waits for it)": {"pure_noise": 0.0},
     "6 in 10 of pure noise": {"pure_noise": 0.6},
     "time not skewed": {"shift": 1.0},
     "decoder 4 layers": {"layers": 4},
@@ -561,8 +568,8 @@ def ablation(config: Config, folder: Path) -> str:
             if known.get("of") != of:
                 train_tokenizer(c, own_vae, fresh=bool(known))
             if (known.get("of"), known.get("clips")) != (of, config.clips):
-                known = {"of": of, "clips": config.clips, "quality": quality(Path(c.out), config.clips)}
-                done[run] = known
+                measured = quality(Path(c.out), config.clips)
+                known = done[run] = {"of": of, "clips": config.clips, "quality": measured}
                 write_json(path, done)
             rows.append(known["quality"])
         x = torch.tensor(rows, dtype=torch.float64)         # (seeds, measures)
@@ -641,7 +648,8 @@ def speed_probe(model: DDT | VQGAN, scenario: str, n: int, steps: int = 1000) ->
 
 # ------------------------------------------------------------------ ablation of RL
 
-RL = {      # factor -> row -> fields that differ from grpo.py's defaults; "sft_steps": of another SFT model
+# factor -> row -> fields that differ from grpo.py's defaults; "sft_steps": trains another SFT model
+RL = {
     "as it is": {"the next 8 frames": {}},
     "credit": {"the whole clip": {"whole_clip": True}, "all frames ahead": {"horizon": FRAMES}},
     "known clips": {"no KL on known clips": {"beta_pretrain": 0.0}},
@@ -677,7 +685,7 @@ def train_policy(run: Path, name: str, change: dict, clips: int) -> Path:
     change |= {"out": place, "seed": check_run(run, "sft")["seed"]}
     grpo.main([f"--{field}" if value is True else f"--{field}={value}"
                for field, value in change.items()])
-    for stage, row in STAGES.items():                       # no stage evaluates what it was trained on
+    for stage, row in STAGES.items():                       # the stages do not evaluate pretrain
         model, tokenizer = load_language_model(place, stage)
         evaluate.add_row(place / "results.json", row, sft.predictor(model, tokenizer), ["uniform"],
                          ("pretrain",), clips, size=tokenizer.config.size, device=DEVICE)
@@ -726,8 +734,8 @@ def rl(config: Config, folder: Path) -> str:
             chart(folder / f"rl_{factor.replace(' ', '_')}_{curve}.png", "step", label, shown,
                   window=WINDOW)
     write_json(folder / "rl.json", curves)
-    return "\n".join(lines) + ("\n(of rollouts at the end of training; then SFT + RL minus SFT on the "
-                               "same clips)")
+    lines.append("(of rollouts at the end of training; then SFT + RL minus SFT on the same clips)")
+    return "\n".join(lines)
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -736,7 +744,8 @@ def read_log(folder: Path) -> list[dict]:
 
 # ------------------------------------------------------------------ figures 3, 4 and 8
 
-SIZES = {"tiny": (60, 600, 6000), "small": (200, 2000, 20_000), "paper": (30_000, 300_000, 3_000_000)}
+SIZES = {"tiny": (60, 600, 6000), "small": (200, 2000, 20_000),
+         "paper": (30_000, 300_000, 3_000_000)}
 
 
 def figure3(config: Config, folder: Path) -> str:
@@ -781,10 +790,12 @@ def figure4(config: Config, folder: Path) -> str:
               f"{', '.join(scenarios)}: train one of them again with --fresh")
         predictors = {"DiT": dit.predictor()} | predictors
 
-    splits = [(scenario, split) for scenario in scenarios for split in ("iid", *sim.levels(scenario))]
+    splits = []
+    for scenario in scenarios:
+        splits += [(scenario, split) for split in ("iid", *sim.levels(scenario))]
     clips = [sim.sample(scenario, split, 1, EVAL_SEED) for scenario, split in splits]
-    truth = [sim.render(clip.position, clip.radius, size) for clip in clips]    # (1, F, 3, H, W) each
-    videos = {"truth": torch.cat(truth)}
+    truth = [sim.render(clip.position, clip.radius, size) for clip in clips]
+    videos = {"truth": torch.cat(truth)}                                        # (n, F, 3, H, W)
     for name, predict in predictors.items():
         predicted = [predict(frames[:, :CONDITION].to(DEVICE)).cpu() for frames in truth]
         videos[name] = torch.cat(predicted)
@@ -827,7 +838,8 @@ def figure8(config: Config, folder: Path) -> str:
     for stage, label in STAGES.items():
         model, tokenizer = load_language_model(run, stage)
         known = motions(run, stage)
-        check("uniform" in known, f"{run}/{stage} is of {', '.join(known)}: figure 8 is of uniform motion")
+        check("uniform" in known, f"{run}/{stage} is of {', '.join(known)}: figure 8 is of uniform "
+              "motion")
         predict, errors = sft.predictor(model, tokenizer), []
         for i in range(0, len(clips), 64):
             part = clips[i:i + 64].to(DEVICE)
@@ -841,7 +853,8 @@ def figure8(config: Config, folder: Path) -> str:
     panels, numbers = [], {"radius": RADII.tolist(), "speed": SPEEDS.tolist()}
     masks = regions()
     lines = [f"{'mean of':28s}" + "".join(f"{name:>22s}" for name in masks)]
-    units = {"drift_error": ("drift error, units/s", 2.0), "radius_error": ("radius error, units", 0.5)}
+    units = {"drift_error": ("drift error, units/s", 2.0),
+             "radius_error": ("radius error, units", 0.5)}
     for measure, (title, darkest) in units.items():
         for label, value in maps[measure].items():
             panels.append((f"{label}: {title}", value, darkest))
@@ -863,8 +876,9 @@ def prefix(config: Config, folder: Path) -> str:
     the same noisy frame without any token, which training never gives.
     """
     tokenizer = load(Path(config.out), "ddt")
-    K, scenario = tokenizer.config.queries, train.scenarios(tokenizer.config.scenario)[0]
-    frames, position, radius = still_frames(8 * config.clips, scenario, "iid", tokenizer.config.size)
+    c = tokenizer.config
+    K, scenario = c.queries, train.scenarios(c.scenario)[0]
+    frames, position, radius = still_frames(8 * config.clips, scenario, "iid", c.size)
     latent = in_chunks(tokenizer.latent, frames)                                # (B, C, h, w)
     codes = in_chunks(tokenizer.encode, frames)                                 # (B, K)
     tokens = tokenizer.quantizer.codebook.cpu()[tokenizer.ordered(codes)]       # (B, K, dim)
@@ -892,13 +906,15 @@ def prefix(config: Config, folder: Path) -> str:
 
     write_json(folder / "prefix.json", rows)
     title = f"{scenario}, iid: reconstruction from pure noise and the first k tokens of a frame"
-    pictures.save_strip(folder / "prefix.png", {name: x[None] for name, x in strip.items()}, [title],
-                        columns=[""] * len(frames[:shown]))
+    videos = {name: x[None] for name, x in strip.items()}                     # (1, n, 3, H, W)
+    pictures.save_strip(folder / "prefix.png", videos, [title], columns=[""] * len(strip["truth"]))
     names = {"noise": "pure noise, first k tokens", "own time": "noise of t(k), first k tokens",
              "no tokens": "noise of t(k), no token"}
-    curves = {name: [(row["k"], row[kind]["center"]) for row in rows] for kind, name in names.items()}
-    chart(folder / "prefix_error.png", "tokens given to the decoder, k", "median centre error, units",
-          curves)
+    curves = {}
+    for kind, name in names.items():
+        curves[name] = [(row["k"], row[kind]["center"]) for row in rows]
+    chart(folder / "prefix_error.png", "tokens given to the decoder, k",
+          "median centre error, units", curves)
     lines = [" " * 14 + "".join(f"{name:>31s}" for name in names.values()),
              f"{'k':>5s}{'t(k)':>9s}" + f"{'centre':>13s}{'radius':>9s}{'missing':>9s}" * 3]
     for row in rows:
@@ -1005,7 +1021,7 @@ def figure7(config: Config, folder: Path) -> str:
             painted = in_chunks(lambda c: model.decode(c, generator=seeded()), mixed)
             rows[name].append(torch.cat([frames[a:a + 1], painted, frames[b:b + 1]]))
     columns = ["frame A", *(f"{i}/{parts}" for i in range(parts + 1)), "frame B"]
-    names = [f"{scenario}, pair {i}: share of A's tokens replaced by B's, from the first on" for i in (1, 2)]
+    names = [f"{scenario}, pair {i}: A's first tokens replaced by B's" for i in (1, 2)]
     videos = {name: torch.stack(strips) for name, strips in rows.items()}
     pictures.save_strip(folder / "figure7.png", videos, names, columns=columns)
     return (f"from frame A to frame B: reconstructions of A with the first 0/{parts} to "
