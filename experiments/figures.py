@@ -5,8 +5,8 @@ The paper's tables and figures, made from what a run folder holds.
     python -m experiments.figures --table 2         # VQGAN and DDT, SFT and RL; greedy and sampled
     python -m experiments.figures --table 4         # reconstruction, and what the tokens encode
     python -m experiments.figures --table order     # trains SFT on the codes in reverse order
-    python -m experiments.figures --table ablation  # trains tokenizers that differ in a factor: hours
-    python -m experiments.figures --table rl        # trains policies that differ in a factor
+    python -m experiments.figures --table ablation  # trains tokenizers that differ in one factor
+    python -m experiments.figures --table rl        # trains policies that differ in one factor
     python -m experiments.figures --figure 3        # trains SFT on fewer clips: error against clips
     python -m experiments.figures --figure 4        # predicted clips beside the truth
     python -m experiments.figures --figure 5        # similarity of the tokens when a ball is moved
@@ -542,12 +542,13 @@ def flops(config: ddt.Config) -> float:
 
 def ablation(config: Config, folder: Path) -> str:
     """
-    Tokenizers of uniform motion that differ from `tiny` in one factor, trained in <out>/ablation:
-    mean and standard error over seeds. All use the VAE of <out>, but for the row of another VAE.
+    Tokenizers of uniform motion that differ from `tiny` in one factor, trained in <out>/ablation
+    for hours: mean and standard error over seeds. All use the VAE of <out>, but for the row of
+    another VAE.
     """
     shared = Path(config.out, "vae")
     check_run(shared.parent, "vae", preset="tiny", scenario="uniform")
-    path = folder / "ablation.json"
+    path, work = folder / "ablation.json", BASE.steps * flops(BASE)
     done = read_json(path)
     lines = [f"{'steps':>43s}" + "".join(f"{name:>18s}" for name in QUALITY)]
     for name, change in ABLATION.items():
@@ -555,7 +556,7 @@ def ablation(config: Config, folder: Path) -> str:
         own_vae = fields.pop("vae", None)
         c = dataclasses.replace(BASE, **fields)
         if "steps" not in change:
-            c.steps = round(BASE.steps * flops(BASE) / flops(c))
+            c.steps = round(work / flops(c))
         c.warmup = max(c.steps // 5, 1)
         c.vae = "" if own_vae else str(shared)
         rows = []
@@ -913,8 +914,9 @@ def prefix(config: Config, folder: Path) -> str:
     curves = {}
     for kind, name in names.items():
         curves[name] = [(row["k"], row[kind]["center"]) for row in rows]
-    chart(folder / "prefix_error.png", "tokens given to the decoder, k",
-          "median centre error, units", curves)
+    if any(math.isfinite(y) for points in curves.values() for _, y in points):
+        chart(folder / "prefix_error.png", "tokens given to the decoder, k",
+              "median centre error, units", curves)
     lines = [" " * 14 + "".join(f"{name:>31s}" for name in names.values()),
              f"{'k':>5s}{'t(k)':>9s}" + f"{'centre':>13s}{'radius':>9s}{'missing':>9s}" * 3]
     for row in rows:
