@@ -86,8 +86,8 @@ def check_run(run: Path, name: str, **needed) -> dict:
     weights = run / name / (vae.WEIGHTS if name == "vae" else MODEL)
     flags = "".join(f" --{field} {value}" for field, value in needed.items())
     command = f"{checkpoint.command(name)} --out {run}{flags}"
-    check(weights.exists(), f"{run}/{name} is missing: make it with `{command}`, and with the "
-          "--preset that the folder has")
+    preset = "" if "preset" in needed else ", with the --preset that the folder has"
+    check(weights.exists(), f"{run}/{name} is missing: make it with `{command}`{preset}")
     settings = read_json(run / name / "trained.json", "train that stage again with --fresh")
     for field, value in needed.items() if settings else ():
         check(settings[field] == value, f"{run}/{name} was trained with --{field} "
@@ -96,6 +96,7 @@ def check_run(run: Path, name: str, **needed) -> dict:
 
 
 def load(run: Path, name: str) -> DDT | VQGAN | DiT:
+    """The model of <run>/ddt, vqgan or dit."""
     check_run(run, name)
     kinds = {"ddt": DDT, "vqgan": VQGAN, "dit": DiT}
     return kinds[name].load(run / name).to(DEVICE)
