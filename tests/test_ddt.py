@@ -689,7 +689,7 @@ def test_save_and_load(tokenizer, tmp_path):
     "encoder.queries", "decoder.token_position", "quantizer.codebook"])
 def test_a_tokenizer_trained_anew_is_another(tmp_path, part):
     """
-    Whichever part has changed, however large the VAE: the codes mean something else to later stages.
+    Whichever part has changed, however large the VAE: later stages need the codes as they were.
     """
     model = DDT(config(), small_vae(block_out_channels=[48, 96]))
     world = train.World(0, 1, torch.device("cpu"))
@@ -765,7 +765,7 @@ def test_bad_flags(argv, culprit, tmp_path):
 
 
 def test_fresh_deletes_one_stage(tmp_path, monkeypatch, capsys):
-    """`ddt.py --fresh` trains the tokenizer again but not the VAE, `vae.py --fresh` only the VAE."""
+    """`ddt.py --fresh` trains the tokenizer again and no VAE, `vae.py --fresh` only the VAE."""
     monkeypatch.setattr(evaluate, "SPLITS", ("iid",))
     both = ["--out", str(tmp_path), "--steps", "2", "--batch", "4", "--clips", "2", "--size", "16",
             "--eval_clips", "1"]
