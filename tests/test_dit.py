@@ -66,7 +66,7 @@ def test_zero_terminal_snr():
 
 def test_rope_sees_differences():
     """
-    The product of two rotated vectors depends on how far apart their cells are, on each of the three
+    The product of two rotated vectors depends on how far apart their cells are, on each of three
     axes, and on nothing else.
     """
     frames, side, d = 4, 3, 22
@@ -88,8 +88,8 @@ def test_rope_sees_differences():
 @torch.no_grad()
 def test_dit_is_given_only_the_first_frames(dit):
     """
-    At the last noise level nothing of the clip is left: the output depends on the noise and the first
-    three frames.
+    At the last noise level nothing of the clip is left: the output depends on the noise and the
+    first three frames.
     """
     x, noise, t = latents(), latents(seed=3), torch.full((2,), 999)
     velocity, inputs = dit.velocity, []
@@ -133,7 +133,8 @@ def test_dit_loss_is_of_the_predicted_frames(dit):
 @torch.no_grad()
 def test_ddim_recovers_a_gaussian(dit):
     """
-    With the velocity that is right for latents from N(1, 0.5^2), samples have that mean and deviation.
+    With the velocity that is right for latents from N(1, 0.5^2), samples have that mean and
+    deviation.
     """
     def velocity(x, t, given):
         alpha, sigma = dit.alpha[t[0]], dit.sigma[t[0]]
@@ -151,7 +152,7 @@ def test_ddim_recovers_a_gaussian(dit):
 
 @torch.no_grad()
 def test_given_frames_are_as_noisy_as_in_training(dit):
-    """While sampling, the first three frames have the noise that training gives them at that level."""
+    """While sampling, the first three frames have the noise that they have in training."""
     given, noise, inputs = latents()[:, :3], latents(seed=3), []
 
     def velocity(x, t, given):
