@@ -812,7 +812,7 @@ def ensure(config, world: train.World) -> DDT:
     folder = Path(config.out, "ddt")
     if not (folder / MODEL).exists():
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
-        main_with(train.stage_config("ddt", Config, PRESETS, config), world)
+        run_stage(train.stage_config("ddt", Config, PRESETS, config), world)
     tokenizer = DDT.load(folder).to(world.device)
     check_scenario(config, tokenizer, folder)
     report(config, tokenizer, world)
@@ -843,11 +843,12 @@ def check_config(c: Config) -> None:
     check(c.image_width % 4 == 0, f"--image_width {c.image_width}: must be a multiple of 4")
 
 
-def main_with(config: Config, world: train.World) -> None:
+def run_stage(config: Config, world: train.World) -> None:
     """Loads the tokenizer that `config` describes, or trains it; then its rows of the table."""
     folder, names = Path(config.out, "ddt"), train.scenarios(config.scenario)
     vae = vae_stage.ensure(config, world)
     if checkpoint.is_trained(folder, MODEL, config, world):
+        checkpoint.check_provenance(folder, vae=Path(config.out, "vae", vae_stage.WEIGHTS))
         tokenizer = DDT.load(folder).to(world.device)
     else:
         tokenizer = train_ddt(config, vae, world)
@@ -863,7 +864,7 @@ def main_with(config: Config, world: train.World) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
-    main_with(config, train.start(config.seed, config.out))
+    run_stage(config, train.start(config.seed, config.out))
 
 
 if __name__ == "__main__":

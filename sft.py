@@ -322,7 +322,7 @@ def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
     if not (folder / "model.safetensors").exists():
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         sft_config = train.stage_config("sft", Config, PRESETS, config, tokenizer=config.tokenizer)
-        return main_with(sft_config, tokenizer, world)
+        return run_stage(sft_config, tokenizer, world)
     model = load(folder, **tokenizer_file(config)).to(world.device)
     report(config, tokenizer, model, world)
     return model
@@ -353,7 +353,7 @@ def check_config(c: Config) -> None:
           f"`python sft.py --preset paper --out {out} --llm DIR`, DIR that model's folder")
 
 
-def main_with(config: Config, tokenizer: DDT, world: train.World) -> Llama:
+def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Loads the model that `config` describes, or trains it; then its row of the table."""
     check_config(config)
     folder = Path(config.out, "sft")
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
     world = train.start(config.seed, config.out)
-    main_with(config, load_tokenizer(config, world), world)
+    run_stage(config, load_tokenizer(config, world), world)
 
 
 if __name__ == "__main__":

@@ -482,11 +482,14 @@ def ensure(config, world: train.World) -> VAE:
     if not (folder / WEIGHTS).exists():
         check(config.preset in PRESETS, f"{folder} is missing, and --preset {config.preset} needs "
               "a pre-trained VAE: name the folder of one, such as `vae` of stable-diffusion-3-"
-              f"medium-diffusers (python ddt.py --preset {config.preset} --out {config.out} --vae "
-              "DIR)")
+              f"medium-diffusers (python ddt.py --preset paper --out {config.out} --vae DIR)")
+        own = train.stage_config("vae", Config, PRESETS, config, size=config.size,
+                                 clips=config.clips)
+        multiple = shrink_of(own) * config.patch
+        check(config.size % multiple == 0, f"--size {config.size}: must be a multiple of {multiple}, "
+              f"by which the VAE and patches of {config.patch} divide it")
         world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
-        return run(train.stage_config("vae", Config, PRESETS, config, size=config.size,
-                                      clips=config.clips), world)
+        return run_stage(own, world)
     if then := checkpoint.read_json(folder / "trained.json", "train it again with vae.py --fresh"):
         names, known = (train.scenarios(x) for x in (config.scenario, then["scenario"]))
         check(then["size"] == config.size and set(names) <= set(known), f"{folder} was trained on "
@@ -513,18 +516,24 @@ def adopt(folder: Path, source: str, world: train.World) -> VAE:
     return vae.to(world.device)
 
 
-def run(config: Config, world: train.World) -> VAE:
+def run_stage(config: Config, world: train.World) -> VAE:
     """Loads the VAE that `config` describes, or trains it."""
+    check_config(config)
     folder = Path(config.out, "vae")
     if checkpoint.is_trained(folder, WEIGHTS, config, world):
         return VAE.load(folder).to(world.device)
     return train_vae(config, world)
 
 
+def shrink_of(config: Config) -> int:
+    """Pixels per side of a latent cell."""
+    return 2 ** (config.levels - 1)
+
+
 def check_config(config: Config) -> None:
     """UserError for flags that cannot work."""
     train.scenarios(config.scenario)
-    shrink = 2 ** (config.levels - 1)
+    shrink = shrink_of(config)
     check(config.size % shrink == 0, f"--size {config.size}: must be a multiple of {shrink}, by "
           f"which --levels {config.levels} shrink it")
     check(config.width % 8 == 0, f"--width {config.width}: must be a multiple of 8 (its norms have "
@@ -535,7 +544,7 @@ def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
     world = train.start(config.seed, config.out)
-    world.print0(evaluate.table(report(config, run(config, world), world)))
+    world.print0(evaluate.table(report(config, run_stage(config, world), world)))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def sft_config(run: Path, **changes) -> sft.Config:
 def train_sft(config: sft.Config) -> None:
     """Trains a language model and evaluates it; what is done already is not done again."""
     world = train.start(config.seed, config.out)
-    sft.main_with(config, sft.load_tokenizer(config, world), world)
+    sft.run_stage(config, sft.load_tokenizer(config, world), world)
 
 
 def sft_row(run: Path) -> dict:
@@ -590,8 +590,8 @@ def train_tokenizer(config: ddt.Config, own_vae: vae.Config | None, fresh: bool)
         checkpoint.delete_model(Path(config.out, "vae"))
     if own_vae:
         same = {field: getattr(config, field) for field in ("out", "seed", "clips", "size")}
-        vae.run(dataclasses.replace(own_vae, **same), world)
-    ddt.main_with(dataclasses.replace(config, fresh=fresh), world)
+        vae.run_stage(dataclasses.replace(own_vae, **same), world)
+    ddt.run_stage(dataclasses.replace(config, fresh=fresh), world)
 
 
 def quality(run: Path, clips: int) -> list[float]:

@@ -194,14 +194,14 @@ def ensure(config, world: train.World) -> VQGAN:
     folder = Path(config.out, "vqgan")
     if not (folder / ddt.MODEL).exists():
         world.print0(f"{folder} is missing: training it first.")
-        run(train.stage_config("vqgan", Config, PRESETS, config), world)
+        run_stage(train.stage_config("vqgan", Config, PRESETS, config), world)
     vqgan = VQGAN.load(folder).to(world.device)
     ddt.check_scenario(config, vqgan, folder)
     report(config, vqgan, world)
     return vqgan
 
 
-def run(config: Config, world: train.World) -> None:
+def run_stage(config: Config, world: train.World) -> None:
     """Loads the VQGAN that `config` describes, or trains it; then its row of the table."""
     folder = Path(config.out, "vqgan")
     if checkpoint.is_trained(folder, ddt.MODEL, config, world):
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     check(c.width % 8 == 0, f"--width {c.width}: must be a multiple of 8 (its norms have 8 groups)")
     check(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, by which "
           f"--levels {c.levels} shrink it")
-    run(config, train.start(c.seed, c.out))
+    run_stage(config, train.start(c.seed, c.out))
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def test_results_of_another_model_are_forgotten(out, tmp_path):
 @pytest.fixture
 def few(monkeypatch):
     """SFT and GRPO take a few steps, whatever figures.py asks for; -> what it asked for."""
-    asked, sft_main, grpo_main = [], sft.main_with, grpo.main
+    asked, sft_main, grpo_main = [], sft.run_stage, grpo.main
 
     def short_sft(config, tokenizer, world):
         asked.append(config)
@@ -218,7 +218,7 @@ def few(monkeypatch):
     def short_grpo(argv):
         asked.append(argv)
         grpo_main("--steps 9 --clips 8 --prompts 2 --group 2 --eval_clips 2".split() + argv)
-    monkeypatch.setattr(sft, "main_with", short_sft)
+    monkeypatch.setattr(sft, "run_stage", short_sft)
     monkeypatch.setattr(grpo, "main", short_grpo)
     monkeypatch.setattr(evaluate, "SPLITS", ("iid", "ood", "slow", "fast"))
     for name in ("save_gif", "save_strip"):
