@@ -486,8 +486,8 @@ def ensure(config, world: train.World) -> VAE:
         own = train.stage_config("vae", Config, PRESETS, config, size=config.size,
                                  clips=config.clips)
         multiple = shrink_of(own) * config.patch
-        check(config.size % multiple == 0, f"--size {config.size}: must be a multiple of {multiple}, "
-              f"by which the VAE and patches of {config.patch} divide it")
+        check(config.size % multiple == 0, f"--size {config.size}: must be a multiple of "
+              f"{multiple}, by which the VAE and patches of {config.patch} divide it")
         world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
         return run_stage(own, world)
     if then := checkpoint.read_json(folder / "trained.json", "train it again with vae.py --fresh"):

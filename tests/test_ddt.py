@@ -96,7 +96,7 @@ def test_patches(p):
 @pytest.fixture(scope="module")
 def denoiser():
     """-> MMDiT without zeros, latent, time, tokens."""
-    model = MMDiT(channels=3, side=CELLS, tokens=K, code_dim=16, width=32, layers=2, heads=2)
+    model = MMDiT(channels=3, side=CELLS, n_tokens=K, code_dim=16, width=32, layers=2, heads=2)
     t = torch.rand(4, generator=seeded(3))
     return randomized(model), noisy(4, 3, CELLS, CELLS, seed=4), t, noisy(4, K, 16, seed=5)
 
@@ -374,10 +374,10 @@ def test_spread_begins_when_the_plateau_is_left():
     model = DDT(config(), small_vae())
     c = model.config
     latent, noise = noisy(2, 6, 3, CELLS, CELLS)
-    for noise_mse in (1.0, 0.1):
-        model.noise_mse.fill_(noise_mse)
+    for mse_noise in (1.0, 0.1):
+        model.mse_noise.fill_(mse_noise)
         out = model(latent, torch.ones(6), noise)
-        spread = c.spread * out["crowding"] if noise_mse < c.noise_below else 0
+        spread = c.spread * out["crowding"] if mse_noise < c.noise_below else 0
         expected = out["mse"] + c.commitment * out["commitment"] + spread
         torch.testing.assert_close(out["loss"], expected)
     assert c.spread > 0 and (out["crowding"] < 0).all()
