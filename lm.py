@@ -143,7 +143,8 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
     # Llama 3.1 divides slow frequencies by `factor`, keeps fast ones, and blends those between
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelength = 2 * math.pi / frequency                        # positions per turn
-    turns = scaling["original_max_position_embeddings"] / wavelength        # in one context
+    context = scaling["original_max_position_embeddings"]
+    turns = context / wavelength                                # of a pair, over that context
     blend = ((turns - low) / (high - low)).clamp(0, 1)          # 0: slow, 1: fast
     return torch.lerp(frequency / scaling["factor"], frequency, blend)
 
@@ -288,8 +289,8 @@ class Block(nn.Module):
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """
-    hidden (..., D), weight (V, D) -> logits (..., V). In fp32, because bf16 rounds the best two
-    logits to the same number.
+    hidden (..., D), weight (V, D) -> logits (..., V). In fp32, because bf16 often rounds the
+    best two logits to the same number.
     """
     if weight.dtype == torch.float32:
         return nnf.linear(hidden, weight)
@@ -299,7 +300,7 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def more_rows(weight: Tensor, n: int, generator: torch.Generator) -> nn.Parameter:
-    """weight (V, D) -> (V + n, D): n rows from a normal with the old ones' moments, per column."""
+    """weight (V, D) -> (V + n, D): new rows with the old mean and deviation, column by column."""
     V, D = weight.shape
     mean = weight.mean(0, dtype=torch.float32)                  # (D,)
     # not var, which has no dtype: it would need an fp32 copy of the matrix
@@ -327,7 +328,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():                 # GPT-2's initialization
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                # added to the residual stream, twice per layer: their sum keeps its variance
+                # two per layer join the residual stream: their sum does not grow with the depth
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -391,7 +392,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def extend(self, n: int) -> None:
-        """Appends n visual codes, once: n rows to embedding and head. Raises ValueError."""
+        """Appends n visual codes: n rows to embedding and head. ValueError if there are some."""
         config = self.config
         if n < 1:
             raise ValueError(f"extend by {n} visual codes: at least one")
@@ -506,7 +507,8 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, group: int = 1, 
         raise ValueError(f"{len(generator)} generators for {B} prompts: one per prompt")
     check_length(config, S, T)
 
-    cache = Cache(config, B, S + T - 1, prompt.device, model.head.dtype)    # all but the last code
+    capacity = S + T - 1                                        # the last code stays out
+    cache = Cache(config, B, capacity, prompt.device, model.head.dtype)
     hidden = model(prompt, cache)[:, -1]                        # (B, D)
     cache.expand(group)
     hidden = hidden.repeat_interleave(group, 0)                 # (B G, D)
