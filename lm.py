@@ -4,7 +4,7 @@ codes from it.
 
 Source: Phys-AR, sections 3.3 and 4.1. The vocabulary of a Llama is extended by 256 visual codes,
 and the model predicts the codes of the next frames. The logits of all text words are masked before
-sampling, which uses top-k 50 and top-p 0.95. Folders of weights are read and written by weights.py.
+sampling, which uses top-k 50 and top-p 0.95. weights.py reads and writes folders of weights.
 
 Choices where the paper is silent
 1. As in transformers, channel i is rotated together with channel i + head_dim / 2 (rotary halves).

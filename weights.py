@@ -8,8 +8,8 @@ this file.
 Hugging Face: config.json, model.safetensors (or shards with an index), as transformers 4 or 5
 writes them. Meta: params.json, consolidated.00.pth, as in the downloads of Llama 2, 3 and 3.1.
 
-Every parameter must be there once, with its shape, and finite. An error is a ValueError that names
-file and tensor. Pickled files are opened as plain tensors only: they cannot run code.
+Every parameter must be there once, with its shape, and finite; otherwise loading raises a
+ValueError that names file and tensor. Pickled files are opened as plain tensors: no code runs.
 """
 import dataclasses
 import json
@@ -168,7 +168,7 @@ def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -
         raise ValueError(f"{folder} has {config.n_visual} visual codes, not n_visual = {n_visual}")
     with torch.device("meta"):
         model = Llama(config)
-    wanted = dict(model.named_parameters())     # and not found yet
+    wanted = dict(model.named_parameters())                     # and not found yet
     tensors = meta_tensors if is_meta(folder) else hugging_face_tensors
     for path, name, value in tensors(folder, config):
         if name not in wanted:
