@@ -39,7 +39,8 @@ CONFIGS = {
     "ddt": ddt.Config(steps=8, batch=6, clips=40, save_every=1, noise_below=9.0, size=16, queries=2,
                       image_width=16, query_width=32, encoder_layers=1, width=32, layers=1),
     "vqgan": vqgan.Config(steps=8, batch=6, clips=40, save_every=1, size=16, width=8, levels=3),
-    "dit": dit.Config(steps=6, batch=5, clips=12, save_every=1, size=16, width=24, layers=1, heads=2),
+    "dit": dit.Config(steps=6, batch=5, clips=12, save_every=1, size=16, width=24, layers=1,
+                      heads=2),
     "sft": sft.Config(steps=8, batch=5, clips=12, save_every=1, micro_batch=2, hidden=32, ffn=64,
                       layers=1),
     "grpo": grpo.Config(steps=5, prompts=3, group=2, clips=6, save_every=1),
@@ -66,8 +67,8 @@ def context():
 
 def stage(name: str, out: str, rank: int, ranks: int, port: int, change: dict) -> None:
     """
-    Trains one stage in the folder `out`, which holds those before it, as one rank of a group. What it
-    prints is in <out>/printed<rank>.
+    Trains one stage in the folder `out`, which holds those before it, as one rank of a group. What
+    it prints is in <out>/printed<rank>.
     """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
@@ -97,9 +98,10 @@ def train_stage(name: str, out: str, change: dict) -> None:
 
 
 def brightness(frames, clips, horizon):
-    """In the place of reward.reward: a hardly trained tokenizer paints no ball that could be found."""
+    """In place of reward.reward: a hardly trained tokenizer paints no ball that could be found."""
     ahead = 1e4 * frames.double().mean((2, 3, 4)).float()           # (B, F)
-    return {"reward": ahead.mean(1), "velocity": ahead.mean(1), "mass": ahead.mean(1), "ahead": ahead}
+    mean = ahead.mean(1)                                            # (B,)
+    return {"reward": mean, "velocity": mean, "mass": mean, "ahead": ahead}
 
 
 def start(name: str, out: Path, ranks: int, **change) -> list:
@@ -114,7 +116,8 @@ def start(name: str, out: Path, ranks: int, **change) -> list:
     return processes
 
 
-def run(name: str, out: Path, ranks: int, kill_at: tuple[int, float] | None = None, **change) -> bool:
+def run(name: str, out: Path, ranks: int, kill_at: tuple[int, float] | None = None,
+        **change) -> bool:
     """
     -> whether it came to its end. kill_at (step, seconds): SIGKILL to all ranks so long after the
     saving of that step began.
@@ -166,8 +169,8 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
 
 def survive(name: str, ranks: int, kills: int, done: Path, rng: random.Random) -> dict[str, int]:
     """
-    Kills a stage `kills` times -> how many of them found a checkpoint to go on with, and how many an
-    unfinished save. AssertionError where the end differs from that of an uninterrupted run.
+    Kills a stage `kills` times -> how many of them found a checkpoint to go on with, and how many
+    an unfinished save. AssertionError where the end differs from that of an uninterrupted run.
     """
     count = {"kills": 0, "with a checkpoint": 0, "in a save": 0}
     what, last = f"{name}, {ranks} ranks", CONFIGS[name].steps - 1
