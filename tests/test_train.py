@@ -8,9 +8,7 @@ import importlib
 import json
 import math
 import os
-import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
