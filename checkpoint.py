@@ -1,15 +1,17 @@
 """
-Whole files only: atomic writes, checkpoints with a manifest, resuming, and the files of a finished model.
+Whole files only: atomic writes, checkpoints with a manifest, resuming, and the files of a finished
+model.
 
-What a kill, a full disk or a second process could leave half-done is written beside its place and renamed. At every path
-there is the old file or the new one, never a part of one.
+What a kill, a full disk or a second process could leave half-done is written beside its place and
+renamed. At every path there is the old file or the new one, never a part of one.
 
 <folder>/checkpoint-<steps done>/
-    model.safetensors               the weights
-    optimizer-<rank>.safetensors    every rank's shard of the optimizer state
-    manifest.json                   steps, ranks, config and checksums; written last: without it, it is no checkpoint
+    model.safetensors               the weights optimizer-<rank>.safetensors    every rank's shard
+    of the optimizer state manifest.json                   steps, ranks, config and checksums;
+    written last: without it, it is no checkpoint
 
-The last two are kept. Data order and noise are functions of (seed, step): a checkpoint holds no random state.
+The last two are kept. Data order and noise are functions of (seed, step): a checkpoint holds no
+random state.
 
 `world` is train.World: rank, size, is_main, barrier(), all_gather(object), print0(text).
 """
@@ -24,10 +26,12 @@ import zlib
 from pathlib import Path
 from typing import Callable, Iterator
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -61,8 +65,8 @@ _locks: dict[str, object] = {}
 
 def lock(folder: Path, world) -> None:
     """
-    One training at a time per run folder: two would overwrite each other's checkpoints. The lock
-    is freed when the process ends. Collective: no rank goes on before the folder is known to be free.
+    One training at a time per run folder: two would overwrite each other's checkpoints. The lock is
+    freed when the process ends. Collective: no rank goes on before the folder is known to be free.
     """
     if world.is_main and str(folder) not in _locks:
         _locks[str(folder)] = file = open(folder / ".lock", "w")
@@ -130,7 +134,8 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
     own = model.state_dict()
     for name in [*own, *tensors]:
         if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
-            ours, theirs = (tuple(x[name].shape) if name in x else "nothing" for x in (own, tensors))
+            ours, theirs = (tuple(x[name].shape) if name in x else "nothing"
+                            for x in (own, tensors))
             raise UserError(f"{path} does not fit this model: {name} should be {ours}, the file "
                             f"has {theirs}")
     model.load_state_dict(tensors)
@@ -206,7 +211,7 @@ def _remove(path: Path) -> None:
 
 
 def verify(path: Path, world) -> str:
-    """What is wrong with a checkpoint; "" if nothing is. Collective: the ranks share the reading."""
+    """What is wrong with a checkpoint; "" if nothing is. Collective: the ranks share the work."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         right = manifest.pop("checksum") == _checksum_of(manifest)
@@ -242,8 +247,8 @@ def resume(folder: Path, model: nn.Module, optimizer, config, world) -> int:
             continue
         manifest = json.loads((path / "manifest.json").read_text())
         changed = [*changed_fields(manifest["config"], config).values()]
-        check(not changed, f"{path} is of another configuration ({'; '.join(changed[:4])}): restore "
-              "that, choose another --out, or start over with --fresh")
+        check(not changed, f"{path} is of another configuration ({'; '.join(changed[:4])}): "
+              "restore that, choose another --out, or start over with --fresh")
         load_state(model, read_safetensors(path / "model.safetensors"), path)
         files = [path / f"optimizer-{rank}.safetensors" for rank in range(manifest["ranks"])]
         try:
@@ -255,9 +260,10 @@ def resume(folder: Path, model: nn.Module, optimizer, config, world) -> int:
     return 0
 
 
-# fields that two runs of one training may differ in: they change how it is computed or reported, not
-# what comes out; the weights of --vae are compared themselves, wherever they lie
-FREE_FIELDS = {"out", "vae", "fresh", "save_every", "eval_clips", "micro_batch", "checkpointing", "calls"}
+# fields that two runs of one training may differ in: they change how it is computed or reported,
+# not what comes out; the weights of --vae are compared themselves, wherever they lie
+FREE_FIELDS = {"out", "vae", "fresh", "save_every", "eval_clips", "micro_batch", "checkpointing",
+               "calls"}
 
 
 def changed_fields(then: dict, config) -> dict[str, str]:
@@ -267,13 +273,27 @@ def changed_fields(then: dict, config) -> dict[str, str]:
             if name not in FREE_FIELDS and then.get(name) != value}
 
 
-# ------------------------------------------------------------------ finished models
+# ------------------------------------------------------------------ a stage's folder
+
+
+def start_stage(folder: Path, config, world, **sources: Path) -> Path:
+    """
+    The folder that a stage trains in: made, freed of an old model with --fresh, and marked with the
+    weight files that the stage starts from. UserError if what is there started from others.
+    """
+    writable(folder)
+    if config.fresh:
+        delete_model(folder)
+    sums = check_provenance(folder, **sources)
+    if sources and world.is_main:
+        write_json(folder / "provenance.json", sums)
+    return folder
 
 
 def finish(folder: Path, save: Callable[[Path], None], config, model: nn.Module, world) -> None:
     """Saves the finished model with `save(folder)` and its config; deletes the checkpoints."""
-    means = [p.detach().double().mean() for p in model.state_dict().values() if p.is_floating_point()]
-    means = torch.stack(means)
+    weights = [p.detach() for p in model.state_dict().values() if p.is_floating_point()]
+    means = torch.stack([p.double().mean() for p in weights])
     if (world.all_reduce(means) / world.size - means).abs().max() > 1e-12:
         raise RuntimeError(f"the ranks hold different models at the end of {folder}: this is a bug")
     if world.is_main:
@@ -311,20 +331,14 @@ def _remove_checkpoints(folder: Path) -> None:
 def delete_model(folder: Path) -> None:
     """For --fresh: an interrupted retraining must not be mistaken for the old model."""
     _remove_checkpoints(folder)
-    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors", "trained.json"):
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors", "trained.json",
+                 "reconstruction.png"):
         (folder / name).unlink(missing_ok=True)
 
 
 def command(stage: str) -> str:
     """What trains the model in <out>/<stage>."""
     return f"python -m experiments.{stage}" if stage in ("vqgan", "dit") else f"python {stage}.py"
-
-
-def write_provenance(folder: Path, world, **sources: Path) -> None:
-    """Notes the weight files that a stage starts from, unless it started from others before."""
-    sums = check_provenance(folder, **sources)
-    if world.is_main:
-        write_json(folder / "provenance.json", sums)
 
 
 def check_provenance(folder: Path, **sources: Path) -> dict[str, str]:
@@ -340,3 +354,45 @@ def check_provenance(folder: Path, **sources: Path) -> dict[str, str]:
                   f"{sources[name].parent}: train it again with `{command(folder.name)} --fresh "
                   f"--out {folder.parent}`, or choose another --out")
     return now
+
+
+# ------------------------------------------------------------------ cached arrays
+
+
+def cached_array(path: Path, stamp: str, shape: tuple[int, ...], chunks: list[slice],
+                 make: Callable[[slice], np.ndarray], world) -> np.ndarray:
+    """
+    A uint8 array of some shape, mapped from the file `path`. If that is missing, damaged or of
+    another stamp (a text), the ranks make it together: make(chunk) gives the rows of one chunk.
+    """
+    note = path.with_suffix(".txt")
+    array = _load_array(path, note, stamp, shape)
+    world.barrier()                         # every rank has looked before one writes
+    if array is not None:
+        return array
+    part = path.with_suffix(".part")
+    if world.is_main:
+        writable(path.parent)
+        note.unlink(missing_ok=True)
+        np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+    world.barrier()
+    array = np.lib.format.open_memmap(part, "r+")
+    mine = chunks[world.rank::world.size]
+    for chunk in tqdm(mine, path.stem, ncols=100, mininterval=5, disable=not world.is_main):
+        array[chunk] = make(chunk)
+    array.flush()
+    world.barrier()
+    if world.is_main:
+        part.replace(path)
+        note.write_text(stamp)              # last: with its stamp the array is whole
+    world.barrier()
+    return _load_array(path, note, stamp, shape)
+
+
+def _load_array(path: Path, note: Path, stamp: str, shape: tuple) -> np.ndarray | None:
+    try:
+        array = np.load(path, mmap_mode="r")
+        whole = array.shape == shape and array.dtype == np.uint8 and note.read_text() == stamp
+        return array if whole else None
+    except (OSError, ValueError, EOFError):
+        return None

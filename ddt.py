@@ -2,41 +2,48 @@
 Stage 2, DDT: a frame becomes K discrete tokens, and the tokens become a frame.
 
     frame -> VAE -> latent -> Q-former: K learned queries attend to it -> VQ: nearest of 256 codes
-    codes -> MMDiT: denoises a latent, conditioned on the tokens -> VAE decoder -> frame
+    codes -> MMDiT: denoises a latent, given the tokens -> VAE decoder -> frame
 
-Diffusion timestep tokens: training is a rectified flow, x_t = t eps + (1 - t) x_0, whose decoder sees
-a growing prefix of the tokens, V_1 .. V_k(t). At little noise it is given few of them, at pure noise
-(t = 1) all. Thus a token encodes what the noise of its time step destroyed.
+Diffusion timestep tokens. Training is a rectified flow: noise eps is mixed into the latent x_0,
+x_t = t eps + (1 - t) x_0, and the decoder predicts x_0. At time t it is given a prefix of the
+tokens, the first k of them, where k grows with t: none without noise, all K at pure noise (t = 1).
+Thus token i encodes what the noise destroys at the time at which the token is added.
 
-Source: Phys-AR section 3.2 and appendix A.1. MMDiT and rectified flow: Stable Diffusion 3, Esser et
-al. 2024, https://arxiv.org/abs/2403.03206.
+Training in time:
+    step 0        vectors are not quantized; at first they say nothing about the picture
+    plateau ends  the error at t = 1 falls below 0.5: token noise and the crowding loss begin
+    40 %          the codebook is filled, quantization begins, token noise ends; crowding stays
 
-Differences from the paper, and choices where it is silent (measured: docs/RESULTS.md)
-1. Time is skewed to noise, t = 8u / (1 + 7u), and 3 of 10 samples are pure noise: a disc shows through
-   all other noise, and the decoder would never need the tokens.
-2. A frame is decoded by one call at t = 1 with all tokens; Euler steps are there too (`steps=`).
-3. Quantization starts at 40 % of the steps: before, the encoder's vectors say nothing of the picture.
-4. Codes of `tiny` and `small` have 3 dimensions, which LayerNorm reduces to a circle: angles. (Paper: 16.)
-5. Tokens are kept different by a linear layer each, by noise before quantization, by `crowding`.
-6. The latent attends to itself only, the queries to both ("unified-direction").
+Source: Phys-AR (Lin et al. 2025, https://arxiv.org/abs/2504.15932), section 3.2 and appendix A.1.
+MMDiT: Stable Diffusion 3, Esser et al. 2024, https://arxiv.org/abs/2403.03206.
+
+Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
+1. Time is skewed to noise: u ~ U(0, 1), t = 8u / (1 + 7u), k = ceil(u K); in 3 of 10 samples u = 1.
+   Frames show discs, which are seen through the noise until t is about 0.95.
+2. A frame is decoded by one call at t = 1 with all tokens; `decode` can also take Euler steps.
+3. Quantization starts late: a codebook of an encoder that has learnt nothing is worth nothing.
+4. `tiny` and `small` have codes of 3 dimensions, of which LayerNorm leaves a closed curve: angles.
+5. Three things keep tokens different: a linear layer for each, token noise, the crowding loss.
+6. In the encoder the latent attends to itself only, the queries to both ("unified-direction").
 7. q and k are RMS-normalised before attention, which keeps bf16 stable.
-8. Vectors pass a LayerNorm before they are normalised. The commitment loss is a mean, times 0.25.
+8. A LayerNorm precedes the normalisation of the vectors: without it all fell to one code.
+9. The commitment loss is a mean over tokens, times 0.25; the paper has a sum and no weight.
 
     python ddt.py                       # trains <out>/ddt (and first <out>/vae, if it is missing)
     python ddt.py --steps 8000          # any field of Config is a flag
     python ddt.py --vae DIR             # on a VAE in diffusers' layout
 
-Expected at `tiny` on 2 CPU cores: 6 to 15 minutes; median centre error of a reconstructed ball 0.02 to
-0.04 world units, all 256 codes in use.
+Expected at `tiny` on 2 CPU cores: 6 to 15 minutes; median centre error of a reconstructed ball 0.02
+to 0.04 world units (a frame is 10 wide), all 256 codes in use.
 
-Axes: B batch, F frames, C channels, H W pixels, h w cells of the latent, L patches, K tokens of a
-frame, D width, V codes.
+Axes: B batch (b this rank's shard), F frames, C channels, H W pixels, h w cells of the latent, L
+patches, K tokens of a frame, D width of a stream, d of a head, V codes, dim of a code, n any rows.
 """
 import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -74,7 +81,7 @@ class Config:
     queries: int = 4            # tokens per frame, K
     code_dim: int = 3           # dimensions of a code; 3 are a circle, see 4 in the file's head
     prefix: str = "growing"     # tokens that the decoder is given in training: growing, or all
-    order: str = "forward"      # codes as encode returns them: forward (V_1 first) or reverse
+    order: str = "forward"      # codes as encode returns them: forward (token 1 first) or reverse
     patch: int = 2              # cells of the latent per side of a patch
     image_width: int = 64       # encoder: width of the latent's stream
     query_width: int = 128      # encoder: width of the queries' stream
@@ -87,9 +94,9 @@ class Config:
     pure_noise: float = 0.3     # share of the samples with t = 1
     quantize_at: float = 0.4    # share of the steps after which quantization starts
     commitment: float = 0.25    # weight of the commitment loss
-    token_noise: float = 0.05   # noise on the vectors before quantization: std per channel
+    token_noise: float = 0.05   # std of the noise on the vectors, until quantization starts
     spread: float = 0.02        # weight of the crowding loss
-    noise_below: float = 0.5    # error at t = 1 below which token noise and crowding loss begin
+    noise_below: float = 0.5    # the plateau ends when the error at t = 1 falls below this
     # optimization
     steps: int = 4000           # optimizer steps
     batch: int = 64             # frames per step, over all ranks
@@ -105,16 +112,16 @@ class Config:
     eval_clips: int = 32        # clips per split of the reconstruction table
 
 
-# `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, of which
-# a VAE that shrinks 8 times leaves 256 latent vectors at patch 1 (1024 are those of 256 x 256); the
-# encoder is 128 wide for the latent and 256 for the queries ("latent dimension 128", yet tokens of
-# 256). No gradient clipping is stated. Parameters: encoder 12.5M, decoder 111.1M; `small`: 6.2M, 41.2M;
-# `tiny`: 0.49M, 1.66M.
+# `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, of
+# which a VAE that shrinks 8 times leaves 256 latent vectors at patch 1 (1024 are those of 256 x
+# 256); the encoder is 128 wide for the latent and 256 for the queries ("latent dimension 128", yet
+# tokens of 256). No gradient clipping is stated. Parameters: encoder 12.5M, decoder 111.1M;
+# `small`: 6.2M, 41.2M; `tiny`: 0.49M, 1.66M.
 PRESETS = {
     "tiny": {},
-    "small": dict(scenario="all", clips=20000, size=128, queries=8, image_width=128, query_width=256,
-                  encoder_layers=6, width=384, layers=8, heads=8, steps=8000, batch=256, lr=8e-4,
-                  warmup=1000, eval_clips=64),
+    "small": dict(scenario="all", clips=20000, size=128, queries=8, image_width=128,
+                  query_width=256, encoder_layers=6, width=384, layers=8, heads=8, steps=8000,
+                  batch=256, lr=8e-4, warmup=1000, eval_clips=64),
     "paper": dict(scenario="all", clips=3_000_000, size=128, queries=16, code_dim=16,
                   token_noise=0.2, patch=1, image_width=128, query_width=256, encoder_layers=12,
                   width=512, layers=12, heads=8, steps=140_000, batch=1024, lr=1e-4, warmup=5000,
@@ -124,6 +131,9 @@ EXPECTED = {"tiny": "6 to 15 minutes on 2 CPU cores.", "small": "Not run to its 
             "paper": "Not run yet."}
 
 # ------------------------------------------------------------------ quantizer
+
+
+MODEL = "model.safetensors"
 
 
 class TokenLinear(nn.Module):
@@ -165,12 +175,13 @@ def all_gather(x: Tensor) -> Tensor:
 class EMAVectorQuantizer(nn.Module):
     """
     Nearest of V codes by cosine similarity. The codes follow the vectors that are matched with them
-    by exponential moving averages (EMA): van den Oord et al. 2017, https://arxiv.org/abs/1711.00937,
-    appendix A.1. Statistics are summed over the ranks, which keeps their codebooks identical.
+    by exponential moving averages (EMA): van den Oord et al. 2017, appendix A.1,
+    https://arxiv.org/abs/1711.00937. Statistics are summed over the ranks, which keeps their
+    codebooks identical.
 
-    Use: `fill` once, to start quantizing (before, vectors pass through as they are); then
-    `forward` in every step, and `update` after the optimizer has taken it: a step that is skipped
-    must leave the codebook as it was.
+    fill(z)             once, to start quantizing; before, vectors pass through as they are
+    forward(x)          in every step
+    update(z, codes)    after every optimizer step; not after one that was skipped
 
     project: module (B, K, D) -> (B, K, dim), such as nn.Linear(D, dim).
     """
@@ -180,12 +191,13 @@ class EMAVectorQuantizer(nn.Module):
         super().__init__()
         self.decay, self.dead_below = decay, dead_below
         self.project = project
-        self.norm = nn.LayerNorm(dim)       # else all vectors share a large mean, and one code
-        self.register_buffer("codebook", nnf.normalize(torch.randn(codes, dim), dim=-1))  # (V, dim)
+        self.norm = nn.LayerNorm(dim)       # without it all vectors fell to one code
+        codebook = nnf.normalize(torch.randn(codes, dim), dim=-1)
+        self.register_buffer("codebook", codebook)          # (V, dim)
         self.register_buffer("count", torch.ones(codes))    # EMA of the matches of a code
-        self.register_buffer("sum", self.codebook.clone())  # EMA of the sum of matched vectors
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("active", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("sum", codebook.clone())       # EMA of the sum of matched vectors
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))     # seed of revivals
+        self.register_buffer("active", torch.zeros((), dtype=torch.bool))       # quantizing
 
     def vectors(self, x: Tensor) -> Tensor:
         """Encoder outputs (B, K, D) -> unit vectors (B, K, dim)."""
@@ -196,13 +208,14 @@ class EMAVectorQuantizer(nn.Module):
         # in fp64: on a circle neighbours' cosines differ by 3e-4, and tf32 rounds at 5e-4
         return (z.double() @ self.codebook.T.double()).argmax(-1)
 
-    def forward(self, x: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor,
+                noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         x (B, K, D) -> vectors for the decoder (B, K, dim), codes (B, K), commitment loss (B,) and
         the unit vectors (B, K, dim), which `update` is given with the codes.
         noise (B, K, dim) is added to the vectors as long as they are not quantized.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # fp32: in bf16 near vectors are equal
             z = self.vectors(x)                             # (B, K, dim)
             codes = self.nearest(z)                         # (B, K)
             if not self.active:
@@ -215,8 +228,9 @@ class EMAVectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, z: Tensor, codes: Tensor, decay: float | None = None) -> None:
         """
-        One EMA step with vectors z (n, dim) matched with codes (n,), then the revival of dead codes.
-        Nothing before `fill`. decay: another than the quantizer's.
+        One EMA step with vectors z (n, dim) matched with codes (n,), then the revival of dead
+        codes: those matched too rarely move to random vectors. Does nothing before `fill`. decay
+        overrides the quantizer's.
         """
         if not self.active:
             return
@@ -229,19 +243,16 @@ class EMAVectorQuantizer(nn.Module):
         self.sum.lerp_(both[:, 1:], step)
         self.codebook.copy_(nnf.normalize(self.sum, dim=-1))
 
-        uniform = both[:, 0].sum() / V                      # matches per code if all were equal
-        dead = self.count < self.dead_below * uniform
-        self.place(dead, self.random_vectors(z), uniform)
+        mean_count = both[:, 0].sum() / V
+        dead = self.count < self.dead_below * mean_count
+        self.move(dead, self.random_vectors(z), mean_count)         # else dead again at once
         self.updates += 1
 
-    def place(self, where: Tensor, vectors: Tensor, count: Tensor) -> None:
-        """
-        Moves the codes of the mask `where` (V,) to vectors (V, dim), and resets their EMA sums. The
-        count is above the threshold: else they would be dead again at once.
-        """
-        self.codebook[where] = vectors[where]
-        self.count[where] = count
-        self.sum[where] = vectors[where] * count
+    def move(self, mask: Tensor, z: Tensor, count: Tensor) -> None:
+        """Moves the codes in the mask (V,) to z (V, dim), as if each had `count` matches there."""
+        self.codebook[mask] = z[mask]
+        self.count[mask] = count
+        self.sum[mask] = z[mask] * count
 
     def random_vectors(self, z: Tensor) -> Tensor:
         """V random rows of z (n, dim) of all ranks, the same on every rank -> (V, dim)."""
@@ -254,20 +265,20 @@ class EMAVectorQuantizer(nn.Module):
     def fill(self, z: Tensor) -> None:
         """
         Starts quantizing: the codes are random vectors of z (n, dim), then 10 rounds of k-means.
-        z may be larger than the batches of later updates: until its counts have decayed the codes
-        move slowly, and none is taken for dead.
+        With more vectors than a later update has, counts start too high: until they have decayed
+        (some 80 updates if z is 16 batches), codes move slowly and none is dead.
         """
         n = all_reduce(torch.tensor(float(len(z)), device=z.device))
         everywhere = torch.ones_like(self.count, dtype=torch.bool)
-        self.place(everywhere, self.random_vectors(z), n / len(self.codebook))
+        self.move(everywhere, self.random_vectors(z), n / len(self.codebook))
         self.active.fill_(True)
         for _ in range(10):                 # with decay 0 a code becomes the mean of its vectors
             self.update(z, self.nearest(z), decay=0.0)
 
     def usage(self, codes: Tensor) -> dict[str, float]:
         """
-        Of the codes (n,) of a step, over all ranks: how many are distinct, and the perplexity of
-        their shares; 0 before `fill`. (`count` would not do: revival keeps it up.)
+        For the log, of the codes (n,) of a step on all ranks: how many are distinct, and the
+        perplexity of their shares; 0 before `fill`. (self.count is kept up by revivals.)
         """
         if not self.active:
             return {"codes_used": 0, "perplexity": 0.0}
@@ -279,11 +290,12 @@ class EMAVectorQuantizer(nn.Module):
 
 def crowding(z: Tensor, others: Tensor) -> Tensor:
     """
-    How near unit vectors z (B, K, dim) are to those of the same token in others (n, K, dim) -> (B,):
-    log mean exp(-2 d^2) over their distances d, mean over the tokens; 0 if all are one vector. Its
-    gradient pushes them apart. Uniformity, Wang and Isola 2020, https://arxiv.org/abs/2005.10242.
+    How near unit vectors z (B, K, dim) are to those of the same token in others (n, K, dim): log of
+    the mean of exp(-2 distance^2), mean over the tokens. 0 if all are equal, less if they are
+    spread; its gradient pushes them apart -> (B,).
+    Uniformity, Wang and Isola 2020, https://arxiv.org/abs/2005.10242.
     """
-    cosine = torch.einsum("bkd,nkd->bkn", z, others)        # d^2 = 2 - 2 cosine
+    cosine = torch.einsum("bkd,nkd->bkn", z, others)        # distance^2 = 2 - 2 cosine
     return ((4 * cosine - 4).logsumexp(-1) - math.log(len(others))).mean(-1)
 
 
@@ -299,9 +311,10 @@ def sincos(positions: Tensor, width: int, period: float = 10000.0) -> Tensor:
 
 
 def sincos_2d(side: int, width: int) -> Tensor:
-    """Positions of a side x side grid -> (side * side, width): half for the row, half the column."""
+    """Positions of a side x side grid -> (side * side, width): half row, half column."""
     x = sincos(torch.arange(side), width // 2)              # (side, width / 2)
-    row, column = x[:, None].expand(-1, side, -1), x[None].expand(side, -1, -1)
+    row = x[:, None].expand(-1, side, -1)                   # (side, side, width / 2)
+    column = x[None].expand(side, -1, -1)
     return torch.cat([row, column], -1).flatten(0, 1)
 
 
@@ -313,42 +326,59 @@ def unpatchify(x: Tensor, p: int, side: int) -> Tensor:
     return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=side)
 
 
+class Modulation(NamedTuple):
+    """adaLN-zero: shift and scale of a layer's normalised input, gate of its output, (B, 1, D)."""
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
 class Stream(nn.Module):
     """
-    The layers of one stream (modality) in a dual-stream block. What connects two of them is
-    the blocks' forward, below.
+    The layers of one stream (modality) of a dual-stream block. It has no forward of its own:
+    QFormer.block and MMDiT.block, below, connect two of them.
 
-    condition: width of the vector that shifts, scales and gates it (adaLN-zero); 0: none.
-    last: only keys and values of this stream are used in its last block, thus it has no output
-    projection and no MLP there.
+    inner: heads x d of the attention, equal in both streams. condition_width: of the vector that
+    modulates it; 0: not modulated. last: in the last block, a stream whose output is not used has
+    neither output projection nor MLP.
     """
 
-    def __init__(self, width: int, inner: int, heads: int, condition: int = 0, last: bool = False):
+    def __init__(self, width: int, inner: int, heads: int, condition_width: int = 0,
+                 last: bool = False):
         super().__init__()
         self.heads, self.last = heads, last
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not condition)
+        affine = not condition_width
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
         self.qkv = nn.Linear(width, 3 * inner)
-        if condition:
-            self.modulation = nn.Linear(condition, (2 if last else 6) * width)
+        if condition_width:
+            self.modulation = nn.Linear(condition_width, (2 if last else 6) * width)
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
         if not last:
             self.out = nn.Linear(inner, width)
-            self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not condition)
+            self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
             self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"),
                                      nn.Linear(4 * width, width))
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def modulations(self, condition: Tensor) -> tuple[Modulation, Modulation | None]:
+        """condition (B, condition_width) -> modulation of the attention and of the MLP."""
+        x = self.modulation(nnf.silu(condition))[:, None]   # (B, 1, 6 D), or 2 D
+        if self.last:
+            return Modulation(*x.chunk(2, -1)), None
+        x = x.chunk(6, -1)
+        return Modulation(*x[:3]), Modulation(*x[3:])
+
+    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, D) -> q, k, v (B, heads, L, d) each, q and k RMS-normalised."""
-        x = rearrange(self.qkv(x), "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
-        q, k, v = x
+        axes = "b l (three heads d) -> three b heads l d"
+        q, k, v = rearrange(self.qkv(x), axes, three=3, heads=self.heads)
         return nnf.rms_norm(q, q.shape[-1:]), nnf.rms_norm(k, k.shape[-1:]), v
 
-    def merge(self, attended: Tensor) -> Tensor:
+    def project_out(self, attended: Tensor) -> Tensor:
         """(B, heads, L, d) -> (B, L, D)."""
         return self.out(rearrange(attended, "b heads l d -> b l (heads d)"))
 
@@ -359,8 +389,8 @@ class QFormer(nn.Module):
     streams: the latent attends to itself, the queries to both.
     """
 
-    def __init__(self, channels: int, side: int, queries: int, patch: int = 2, image_width: int = 64,
-                 query_width: int = 128, layers: int = 2, heads: int = 4):
+    def __init__(self, channels: int, side: int, queries: int, patch: int = 2,
+                 image_width: int = 64, query_width: int = 128, layers: int = 2, heads: int = 4):
         super().__init__()
         self.patch = patch
         self.latent_in = nn.Linear(channels * patch ** 2, image_width)
@@ -374,53 +404,54 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(query_width, eps=1e-6)
 
     def forward(self, latent: Tensor) -> Tensor:            # (B, C, h, w)
-        x = self.latent_in(patchify(latent, self.patch)) + self.position        # (B, L, image_width)
-        y = self.queries.expand(len(x), -1, -1)                                 # (B, K, query_width)
+        x = self.latent_in(patchify(latent, self.patch)) + self.position       # (B, L, image_width)
+        y = self.queries.expand(len(x), -1, -1)                                # (B, K, query_width)
         for image, query in zip(self.image_blocks, self.query_blocks):
             x, y = self.block(image, query, x, y)
-        return self.norm(y)                                                     # (B, K, query_width)
+        return self.norm(y)                                                    # (B, K, query_width)
 
     @staticmethod
     def block(image: Stream, query: Stream, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One dual-stream block: latent x (B, L, image_width) and queries y (B, K, query_width)."""
         # queries, keys and values of both streams
-        xq, xk, xv = image.heads_of(image.norm1(x))         # (B, heads, L, d)
-        yq, yk, yv = query.heads_of(query.norm1(y))         # (B, heads, K, d)
+        xq, xk, xv = image.qkv_heads(image.norm1(x))         # (B, heads, L, d)
+        yq, yk, yv = query.qkv_heads(query.norm1(y))         # (B, heads, K, d)
 
         # the queries' stream: attention to both streams, then MLP
-        k, v = torch.cat([xk, yk], 2), torch.cat([xv, yv], 2)                   # (B, heads, L + K, d)
-        y = y + query.merge(nnf.scaled_dot_product_attention(yq, k, v))
+        k, v = torch.cat([xk, yk], 2), torch.cat([xv, yv], 2)                 # (B, heads, L + K, d)
+        y = y + query.project_out(nnf.scaled_dot_product_attention(yq, k, v))
         y = y + query.mlp(query.norm2(y))
 
         # the latent's stream: attention to itself, then MLP; not used after the last block
         if not image.last:
-            x = x + image.merge(nnf.scaled_dot_product_attention(xq, xk, xv))
+            x = x + image.project_out(nnf.scaled_dot_product_attention(xq, xk, xv))
             x = x + image.mlp(image.norm2(x))
         return x, y
 
 
 class MMDiT(nn.Module):
     """
-    SD3's denoiser: a noisy latent (B, channels, side, side) and tokens (B, K, code_dim), two streams
-    joined in one attention and modulated by the time t. It predicts the clean latent x_0.
+    SD3's denoiser: a noisy latent (B, channels, side, side) and tokens (B, K, code_dim), two
+    streams joined in one attention and modulated by the time t. It predicts the clean latent x_0.
     """
 
-    def __init__(self, channels: int, side: int, tokens: int, code_dim: int, patch: int = 2,
+    def __init__(self, channels: int, side: int, n_tokens: int, code_dim: int, patch: int = 2,
                  width: int = 128, layers: int = 3, heads: int = 4):
         super().__init__()
         self.patch, self.side = patch, side // patch
         self.latent_in = nn.Linear(channels * patch ** 2, width)
-        self.token_in = TokenLinear(tokens, code_dim, width)
+        self.token_in = TokenLinear(n_tokens, code_dim, width)
         position = sincos_2d(self.side, width)
         self.register_buffer("position", position, persistent=False)
-        # large enough to tell the tokens apart from the start: at the usual 0.02 several of them
-        # learn the same, and add little to each other
-        self.token_position = nn.Parameter(0.5 * torch.randn(tokens, width))
+        # std 0.5, not the usual 0.02: tokens must be told apart from the start, or several of them
+        # learn the same
+        self.token_position = nn.Parameter(0.5 * torch.randn(n_tokens, width))
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.image_blocks = nn.ModuleList(
-            Stream(width, width, heads, condition=width) for i in range(layers))
+            Stream(width, width, heads, condition_width=width) for i in range(layers))
         self.token_blocks = nn.ModuleList(
-            Stream(width, width, heads, condition=width, last=i == layers - 1) for i in range(layers))
+            Stream(width, width, heads, condition_width=width, last=i == layers - 1)
+            for i in range(layers))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(width, 2 * width)
         self.latent_out = nn.Linear(width, channels * patch ** 2)
@@ -430,8 +461,8 @@ class MMDiT(nn.Module):
 
     def forward(self, latent: Tensor, t: Tensor, tokens: Tensor, k: Tensor) -> Tensor:
         """
-        latent (B, C, h, w), t (B,), tokens (B, K, code_dim), k (B,) visible tokens -> x_0 (B, C, h, w).
-        Tokens from k on are zeroed and masked as keys: they have exactly no influence.
+        latent (B, C, h, w), t (B,), tokens (B, K, code_dim), k (B,) visible tokens -> x_0 (B, C, h,
+        w). Tokens from k on are zeroed and masked as keys: they have exactly no influence.
         """
         visible = torch.arange(tokens.shape[1], device=k.device) < k[:, None]   # (B, K)
         x = self.latent_in(patchify(latent, self.patch)) + self.position        # (B, L, D)
@@ -449,28 +480,31 @@ class MMDiT(nn.Module):
     def block(image: Stream, token: Stream, x: Tensor, y: Tensor, condition: Tensor,
               mask: Tensor) -> tuple[Tensor, Tensor]:
         """One dual-stream block: latent x (B, L, D), tokens y (B, K, D), condition (B, D)."""
-        # adaLN-zero: the condition shifts, scales and gates, before attention (1) and MLP (2)
-        x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = \
-            image.modulation(nnf.silu(condition))[:, None].chunk(6, -1)         # (B, 1, D) each
-        y_shift1, y_scale1, *y_rest = \
-            token.modulation(nnf.silu(condition))[:, None].chunk(2 if token.last else 6, -1)
+        # modulations of the attention (1) and of the MLP (2)
+        x_mod1, x_mod2 = image.modulations(condition)
+        y_mod1, y_mod2 = token.modulations(condition)
 
-        # one attention over both streams
-        xq, xk, xv = image.heads_of(modulate(image.norm1(x), x_shift1, x_scale1))   # (B, heads, L, d)
-        yq, yk, yv = token.heads_of(modulate(token.norm1(y), y_shift1, y_scale1))   # (B, heads, K, d)
-        q, k, v = (torch.cat(pair, 2) for pair in ((xq, yq), (xk, yk), (xv, yv)))
-        attended = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)        # (B, heads, L + K, d)
+        # queries, keys and values of both streams
+        x_normed = modulate(image.norm1(x), x_mod1.shift, x_mod1.scale)
+        y_normed = modulate(token.norm1(y), y_mod1.shift, y_mod1.scale)
+        xq, xk, xv = image.qkv_heads(x_normed)              # (B, heads, L, d)
+        yq, yk, yv = token.qkv_heads(y_normed)              # (B, heads, K, d)
+
+        # one attention over both
+        q = torch.cat([xq, yq], 2)                          # (B, heads, L + K, d)
+        k = torch.cat([xk, yk], 2)
+        v = torch.cat([xv, yv], 2)
+        attended = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x_attended, y_attended = attended.split([x.shape[1], y.shape[1]], 2)
 
         # the latent's stream
-        x = x + x_gate1 * image.merge(x_attended)
-        x = x + x_gate2 * image.mlp(modulate(image.norm2(x), x_shift2, x_scale2))
+        x = x + x_mod1.gate * image.project_out(x_attended)
+        x = x + x_mod2.gate * image.mlp(modulate(image.norm2(x), x_mod2.shift, x_mod2.scale))
 
         # the tokens' stream; not used after the last block
         if not token.last:
-            y_gate1, y_shift2, y_scale2, y_gate2 = y_rest
-            y = y + y_gate1 * token.merge(y_attended)
-            y = y + y_gate2 * token.mlp(modulate(token.norm2(y), y_shift2, y_scale2))
+            y = y + y_mod1.gate * token.project_out(y_attended)
+            y = y + y_mod2.gate * token.mlp(modulate(token.norm2(y), y_mod2.shift, y_mod2.scale))
         return x, y
 
 
@@ -478,8 +512,10 @@ class MMDiT(nn.Module):
 
 
 class DDT(nn.Module):
-    """The whole: VAE (frozen), Q-former, quantizer, MMDiT. Raises ValueError for frames that the VAE
-    and the patches cannot divide."""
+    """
+    The whole: VAE (frozen), Q-former, quantizer, MMDiT. Raises ValueError for frames that VAE and
+    patches cannot divide.
+    """
 
     def __init__(self, config: Config, vae: VAE):
         super().__init__()
@@ -492,8 +528,9 @@ class DDT(nn.Module):
                                c.encoder_layers, c.heads)
         project = TokenLinear(c.queries, c.query_width, c.code_dim)
         self.quantizer = EMAVectorQuantizer(project, dim=c.code_dim)
-        self.decoder = MMDiT(channels, side, c.queries, c.code_dim, c.patch, c.width, c.layers, c.heads)
-        self.register_buffer("noise_mse", torch.ones(()))   # running mean of the error at t = 1
+        self.decoder = MMDiT(channels, side, c.queries, c.code_dim, c.patch, c.width, c.layers,
+                             c.heads)
+        self.register_buffer("mse_noise", torch.ones(()))   # running mean of the error at t = 1
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -502,21 +539,25 @@ class DDT(nn.Module):
 
     @property
     def past_plateau(self) -> bool:
-        """The tokens carry information: from here on they are kept different from each other."""
-        return bool(self.noise_mse < self.config.noise_below)
+        """The tokens carry information; while they do, they are kept different from each other."""
+        return bool(self.mse_noise < self.config.noise_below)
 
     def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """u (B,) in [0, 1] -> time t (B,), and the number of visible tokens k (B,): ceil(u K)."""
-        s, visible = self.config.shift, u if self.config.prefix == "growing" else torch.ones_like(u)
-        return s * u / (1 + (s - 1) * u), torch.ceil(visible * self.config.queries).long()
+        """u (B,) in [0, 1] -> time t (B,), and the number of visible tokens k (B,)."""
+        s = self.config.shift
+        t = s * u / (1 + (s - 1) * u)
+        share = u if self.config.prefix == "growing" else torch.ones_like(u)
+        return t, torch.ceil(share * self.config.queries).long()
 
     def forward(self, latent: Tensor, u: Tensor, noise: Tensor, token_noise: Tensor | float = 0.0,
                 others: Tensor | None = None) -> dict[str, Tensor]:
         """
-        The loss of training, |d(x_t, t, V_1 .. V_k) - x_0|^2 + commitment + crowding:
-        clean latents x_0 (B, C, h, w), u (B,), noise like x_0, token_noise for the quantizer, others
-        (n, K, dim): the unit vectors of the global batch (None: of these latents, on all ranks) ->
-        {loss, mse, commitment, crowding (B,); codes (B, K), vectors (B, K, dim)}.
+        The loss of training, per sample:
+        |d(x_t, t, first k tokens) - x_0|^2 + 0.25 commitment + 0.02 crowding (after the plateau).
+
+        latent: x_0 (B, C, h, w); u (B,); noise like x_0; token_noise for the quantizer; others (n,
+        K, dim): the unit vectors of the global batch (None: of these latents, on all ranks) ->
+        {loss, mse, commitment, crowding: (B,) each; codes (B, K); vectors (B, K, dim)}.
         """
         c = self.config
         tokens, codes, commitment, z = self.quantizer(self.encoder(latent), token_noise)
@@ -524,7 +565,7 @@ class DDT(nn.Module):
         x_t = t[:, None, None, None] * noise + (1 - t[:, None, None, None]) * latent
         clean = self.decoder(x_t, t, tokens, k)                                 # (B, C, h, w)
         mse = (clean - latent).square().mean((1, 2, 3))                         # (B,)
-        with torch.autocast(z.device.type, enabled=False):  # in bf16 near vectors would be equal
+        with torch.autocast(z.device.type, enabled=False):  # fp32, as in the quantizer
             crowd = crowding(z, all_gather(z) if others is None else others)    # (B,)
         loss = mse + c.commitment * commitment
         if self.past_plateau:
@@ -552,21 +593,23 @@ class DDT(nn.Module):
         return codes.flip(-1) if self.config.order == "reverse" else codes
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, steps: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    def decode(self, codes: Tensor, steps: int = 1,
+               generator: torch.Generator | None = None) -> Tensor:
         """codes (B, K) -> frames (B, 3, H, W) in [0, 1], from noise that the generator draws."""
         check_codes(codes, self.config.queries, len(self.quantizer.codebook))
         if steps < 1:
             raise ValueError(f"steps = {steps}: at least one call of the decoder")
         channels, side = self.vae.config["latent_channels"], self.config.size // self.vae.shrink
-        noise = torch.randn(len(codes), channels, side, side, generator=generator, device=codes.device)
+        noise = torch.randn(len(codes), channels, side, side, generator=generator,
+                            device=codes.device)
         tokens = self.quantizer.codebook[self.ordered(codes).long()]            # (B, K, dim)
         latent = self.sample(tokens, noise, steps)                              # (B, C, h, w)
         return (self.vae.decode(latent) / 2 + 0.5).clamp(0, 1)
 
     def sample(self, tokens: Tensor, x: Tensor, steps: int) -> Tensor:
         """
-        Euler steps of the flow from noise x (B, C, h, w) at t = 1 to a latent:
-        dx/dt = eps - x_0 = (x - x_0) / t.
+        Euler steps of the flow dx/dt = eps - x_0 = (x - x_0) / t, from noise x (B, C, h, w) at
+        t = 1 to a latent: x + (t_next - t) (x - x_0) / t = x_0 + (t_next / t) (x - x_0).
         """
         grid = torch.linspace(1, 0, steps + 1, device=x.device)
         for u, u_next in zip(grid[:-1], grid[1:]):
@@ -581,11 +624,9 @@ class DDT(nn.Module):
 
     @classmethod
     def load(cls, folder) -> "DDT":
-        """A folder written by `save`. Raises UserError for what is missing, damaged or does not fit."""
-        return load_model(folder, "tokenizer", lambda config: cls(Config(**config["ddt"]), VAE(**config["vae"])))
-
-
-MODEL = "model.safetensors"
+        """A folder written by `save`. Raises UserError for what is missing, damaged or unfit."""
+        return load_model(folder, "tokenizer",
+                          lambda config: cls(Config(**config["ddt"]), VAE(**config["vae"])))
 
 
 def check_frames(frames: Tensor, size: int) -> None:
@@ -603,18 +644,19 @@ def check_codes(codes: Tensor, K: int, V: int) -> None:
 
 
 def described(config) -> dict:
-    """What of a config is kept with the weights: all but where and how often they were saved."""
+    """The fields of a config that are kept with the weights."""
     places = ("out", "vae", "fresh", "save_every")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in places}
 
 
 def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Module:
-    """A folder written by save_folder, `build` from its config.json, ready for use. UserError."""
+    """Builds the model of a folder's config.json and loads its weights. Raises UserError."""
     config, tensors = load_folder(folder, MODEL)
     try:
         model = build(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/config.json is not that of a {kind} of this version ({error})") from None
+        raise UserError(f"{folder}/config.json is not that of a {kind} of this version "
+                        f"({error})") from None
     checkpoint.load_state(model, tensors, Path(folder))
     return model.eval().requires_grad_(False)
 
@@ -624,16 +666,13 @@ def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Modu
 
 def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     """Trains encoder, quantizer and decoder together and saves the tokenizer in <out>/ddt."""
-    folder = checkpoint.writable(Path(config.out, "ddt"))
     torch.manual_seed(config.seed)
     try:
         tokenizer = DDT(config, vae).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.fresh:
-        checkpoint.delete_model(folder)
-        Path(folder, "reconstruction.png").unlink(missing_ok=True)
-    checkpoint.write_provenance(folder, world, vae=folder.parent / "vae" / vae_stage.WEIGHTS)
+    weights = Path(config.out, "vae", vae_stage.WEIGHTS)
+    folder = checkpoint.start_stage(Path(config.out, "ddt"), config, world, vae=weights)
 
     B, data = config.batch, Frames(config, world.device)
     world.print0(f"DDT: {millions(tokenizer.encoder)} parameters encoder, "
@@ -642,7 +681,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     model = train.distribute(tokenizer, world)
     n = world.accumulation_steps(B, config.micro_batch)
 
-    with train.Run(folder, tokenizer, config, world, show=("mse", "mse_noise", "codes_used")) as run:
+    shown = ("mse", "mse_noise", "codes_used")
+    with train.Run(folder, tokenizer, config, world, shown) as run:
         for step in run:
             model.train()
             batch = world.shard(train.batch_indices(config.seed, step, B, len(data)))
@@ -651,11 +691,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             u, noise, token_noise = draw_noise(tokenizer, latent.shape[1:], step, world)
             if step >= config.quantize_at * config.steps and not tokenizer.quantizer.active:
                 start_quantizing(tokenizer, data, step, n, world)
-            others = None                                   # one micro-batch: the batch's own vectors
-            if n > 1:
-                with torch.no_grad(), world.autocast():
-                    others = torch.cat([tokenizer.vectors(x) for x in latent.tensor_split(n)])
-                others = all_gather(others)                                     # (B, K, dim)
+            # for the crowding loss: with one micro-batch, the model takes the batch's own vectors
+            others = global_vectors(tokenizer, latent, n, world) if n > 1 else None
 
             total, outs = 0.0, []
             micro_batches = zip(*(x.tensor_split(n) for x in (latent, u, noise, token_noise)))
@@ -663,20 +700,18 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                 with world.autocast():
                     out = model(*micro_batch, others)
                 loss = out["loss"].sum() / B
-                (loss * world.size).backward()              # DDP averages over ranks; this: the sum
+                (loss * world.size).backward()              # times ranks: a sum, not DDP's average
                 total += loss.detach()
-                outs.append({k: x.detach() for k, x in out.items()})
-            taken = run.step(total)
+                outs.append({name: x.detach() for name, x in out.items()})
 
-            out = {k: torch.cat([out[k] for out in outs]) for k in outs[0]}
-            pure = u == 1                                   # samples of pure noise
-            at_noise = world.all_reduce(torch.stack([out["mse"][pure].sum(), pure.sum()]))
+            # clip the gradient norm, AdamW, zero_grad; False if skipped because it is not finite
+            taken = run.step(total)
+            out = {name: torch.cat([part[name] for part in outs]) for name in outs[0]}
             codes = out["codes"].flatten()
             if taken:
                 tokenizer.quantizer.update(out["vectors"].flatten(0, 1), codes)
-                mse_noise = at_noise[0] / at_noise[1].clamp(min=1)
-                tokenizer.noise_mse.lerp_(mse_noise, 0.05 if at_noise[1] else 0)
-            run.log(mse=world.all_reduce(out["mse"].sum()) / B, mse_noise=tokenizer.noise_mse,
+                update_mse_noise(tokenizer, out["mse"][u == 1], world)
+            run.log(mse=world.all_reduce(out["mse"].sum()) / B, mse_noise=tokenizer.mse_noise,
                     commitment=world.all_reduce(out["commitment"].sum()) / B,
                     **tokenizer.quantizer.usage(codes))
 
@@ -687,7 +722,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
 
 
 def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> list[Tensor]:
-    """This rank's u (b,), noise (b, *shape) of the latents and token noise (b, K, dim) of a step."""
+    """This rank's u (b,), noise (b, *shape) of the latents and token noise (b, K, dim)."""
     c, generator = tokenizer.config, train.generator(tokenizer.config.seed, step)
     u = torch.rand(c.batch, generator=generator)
     u = torch.where(torch.rand(c.batch, generator=generator) < c.pure_noise, 1.0, u)
@@ -698,26 +733,41 @@ def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> l
 
 
 @torch.no_grad()
+def global_vectors(tokenizer: DDT, latent: Tensor, n: int, world: train.World) -> Tensor:
+    """This rank's latents (b, C, h, w), in n parts -> the unit vectors of all ranks (B, K, dim)."""
+    with world.autocast():
+        z = torch.cat([tokenizer.vectors(x) for x in latent.tensor_split(n)])
+    return all_gather(z)
+
+
+def update_mse_noise(tokenizer: DDT, mse: Tensor, world: train.World) -> None:
+    """Moves the running mean by this rank's errors at pure noise (n,), n may be 0."""
+    count = torch.tensor(float(len(mse)), device=mse.device)
+    total, count = world.all_reduce(torch.stack([mse.sum(), count]))
+    tokenizer.mse_noise.lerp_(total / count.clamp(min=1), 0.05 if count else 0)
+
+
+@torch.no_grad()
 def start_quantizing(tokenizer: DDT, data: Frames, step: int, n: int, world: train.World) -> None:
     """Fills the codebook from the vectors of 16 batches of frames, in n parts."""
     c = tokenizer.config
     index = world.shard(train.batch_indices(c.seed, step, 16 * c.batch, len(data)))
     calls = index.split(frames_per_call(world.device))
-    latent = torch.cat([tokenizer.latent(data[i]) for i in calls])
     with world.autocast():
+        latent = torch.cat([tokenizer.latent(data[i]).float() for i in calls])
         z = torch.cat([tokenizer.vectors(x) for x in latent.tensor_split(n)])
     tokenizer.quantizer.fill(z.flatten(0, 1))
     if not tokenizer.past_plateau:
         world.print0(f"step {step}: quantization starts, but the error at pure noise is still "
-                     f"{tokenizer.noise_mse:.2f}: the tokens carry little information. Give it more "
-                     "--steps, a later --quantize_at, or another --seed")
+                     f"{tokenizer.mse_noise:.2f}: the tokens carry little information. Give it "
+                     "more --steps, a later --quantize_at, or another --seed")
 
 
 # ------------------------------------------------------------------ the stage
 
 
 def reconstruction(tokenizer) -> Callable[[Tensor], Tensor]:
-    """As evaluate.evaluate wants it (with shown = 32): frames (B, F, 3, H, W) in [0, 1] -> the same."""
+    """For evaluate.evaluate with shown = 32: frames (B, F, 3, H, W) in [0, 1] -> the same."""
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
         generator = torch.Generator(frames.device).manual_seed(0)
@@ -728,7 +778,7 @@ def reconstruction(tokenizer) -> Callable[[Tensor], Tensor]:
 
 
 def center_error(tokenizer, scenario: str, device, n: int = 32) -> tuple[float, int]:
-    """Median distance of the found from the true centre in reconstructed iid clips; codes in use."""
+    """Median centre error of the balls in reconstructed iid clips; number of codes in use."""
     clips = sim.sample(scenario, "iid", n, evaluate.EVAL_SEED).to(device)
     frames = sim.render(clips.position, clips.radius, tokenizer.config.size)
     center, _, _ = reward.detect(reconstruction(tokenizer)(frames), clips.radius.shape[1])
@@ -737,25 +787,24 @@ def center_error(tokenizer, scenario: str, device, n: int = 32) -> tuple[float, 
     return error.nanmedian().item(), used
 
 
-def report(config, tokenizer: DDT, world: train.World) -> None:
-    """The tokenizer's rows of the result table, and its picture. What is there is not done again."""
-    names, size = train.scenarios(config.scenario), tokenizer.config.size
-    vae_stage.report(dataclasses.replace(tokenizer.config, out=config.out, scenario=config.scenario),
-                     tokenizer.vae, world)
-    if world.is_main:
-        evaluate.add_row(Path(config.out, "results.json"), "DDT", reconstruction(tokenizer), names,
-                         evaluate.SPLITS, tokenizer.config.eval_clips, size=size, shown=sim.FRAMES,
-                         device=world.device)
-        picture = Path(config.out, "ddt", "reconstruction.png")
-        if not picture.exists():
-            splits = [(name, split) for name in names for split in ("iid", "small", "large")]
-            clips = [sim.sample(*pair, 1, evaluate.EVAL_SEED) for pair in splits]
-            truth = [sim.render(c.position, c.radius, size).to(world.device) for c in clips]
-            videos = {"truth": torch.cat(truth),
-                      "DDT": torch.cat([reconstruction(tokenizer)(x) for x in truth])}
-            headings = [f"{name}, {split}" for name, split in splits]
-            pictures.save_strip(picture, videos, headings, truth=clips)
+def report(config, tokenizer: DDT, world: train.World) -> Path:
+    """The tokenizer's rows of the result table, and its picture. What is there is kept."""
+    c, predict = tokenizer.config, reconstruction(tokenizer)
+    c = dataclasses.replace(c, out=config.out, scenario=config.scenario)
+    vae_stage.report(c, tokenizer.vae, world)
+    results = evaluate.add_rows(c, {"DDT": predict}, c.size, world, shown=sim.FRAMES)
+    picture = Path(config.out, "ddt", "reconstruction.png")
+    if world.is_main and not picture.exists():
+        splits = [(name, split) for name in train.scenarios(config.scenario)
+                  for split in ("iid", "small", "large")]
+        clips = [sim.sample(*pair, 1, evaluate.EVAL_SEED) for pair in splits]
+        truth = [sim.render(x.position, x.radius, c.size).to(world.device) for x in clips]
+        videos = {"truth": torch.cat(truth), "DDT": torch.cat([predict(x) for x in truth])}
+        titles = [f"{name}, {split}: radius {x.radius[0, 0]:.2f}"
+                  for (name, split), x in zip(splits, clips)]
+        pictures.save_strip(picture, videos, titles, truth=clips)
     world.barrier()
+    return results
 
 
 def ensure(config, world: train.World) -> DDT:
@@ -763,7 +812,7 @@ def ensure(config, world: train.World) -> DDT:
     folder = Path(config.out, "ddt")
     if not (folder / MODEL).exists():
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
-        main_with(train.stage_config("ddt", Config, PRESETS, config), world)
+        run_stage(train.stage_config("ddt", Config, PRESETS, config), world)
     tokenizer = DDT.load(folder).to(world.device)
     check_scenario(config, tokenizer, folder)
     report(config, tokenizer, world)
@@ -774,8 +823,8 @@ def check_scenario(config, tokenizer, folder: Path) -> None:
     """UserError for a motion that a tokenizer was not trained on."""
     known = tokenizer.config.scenario
     unknown = set(train.scenarios(config.scenario)) - set(train.scenarios(known))
-    check(not unknown, f"--scenario {config.scenario}: {folder} was trained on {known}; choose another "
-          "--out")
+    check(not unknown, f"--scenario {config.scenario}: {folder} was trained on {known}; choose "
+          "another --out")
 
 
 def check_config(c: Config) -> None:
@@ -787,24 +836,24 @@ def check_config(c: Config) -> None:
           "dimensions away")
     check(c.shift > 0, f"--shift {c.shift}: must be above 0; 1 leaves time as it is")
     check(c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
-    check(c.query_width % c.heads == 0, f"--query_width {c.query_width}: must be a multiple of --heads "
-          f"{c.heads}")
+    check(c.query_width % c.heads == 0, f"--query_width {c.query_width}: must be a multiple of "
+          f"--heads {c.heads}")
     check(c.width % (4 * c.heads) == 0, f"--width {c.width}: must be a multiple of 4 times --heads "
           f"{c.heads}")
     check(c.image_width % 4 == 0, f"--image_width {c.image_width}: must be a multiple of 4")
 
 
-def main_with(config: Config, world: train.World) -> None:
+def run_stage(config: Config, world: train.World) -> None:
     """Loads the tokenizer that `config` describes, or trains it; then its rows of the table."""
     folder, names = Path(config.out, "ddt"), train.scenarios(config.scenario)
     vae = vae_stage.ensure(config, world)
     if checkpoint.is_trained(folder, MODEL, config, world):
+        checkpoint.check_provenance(folder, vae=Path(config.out, "vae", vae_stage.WEIGHTS))
         tokenizer = DDT.load(folder).to(world.device)
     else:
         tokenizer = train_ddt(config, vae, world)
-    report(config, tokenizer, world)
+    world.print0(evaluate.table(report(config, tokenizer, world)))
     if world.is_main:
-        print(evaluate.table(Path(config.out, "results.json")))
         for name in names:
             median, used = center_error(tokenizer, name, world.device)
             print(f"\n{name}: median centre error {median:.4f} world units, {used} codes in use")
@@ -815,7 +864,7 @@ def main_with(config: Config, world: train.World) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
-    main_with(config, train.start(config.seed, config.out))
+    run_stage(config, train.start(config.seed, config.out))
 
 
 if __name__ == "__main__":

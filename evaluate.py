@@ -1,11 +1,12 @@
 """
 Evaluates any model that predicts frames, and keeps the results in a JSON file.
 
-`evaluate` gives the model the first frames of n clips, measures the frames it predicts (reward.py)
-and averages each measure over the clips, with its standard error. `add_row` adds a model to a file,
-`table` prints the file, `difference` compares two of its models clip by clip.
+`evaluate` gives the model the first frames of n clips, measures the predicted frames (reward.py),
+and returns the mean and the standard error of each measure. `add_row` adds a model to the file,
+`table` returns the file as text, `difference` compares two models clip by clip.
 
-The file: {row: {scenario: {split: result of evaluate and "of": [n, size, seed]}}}.
+The file (results.json) is {row: {scenario: {split: what `evaluate` returns}}}, with the key "of",
+[n, size, seed], added to each result.
 """
 import math
 from pathlib import Path
@@ -19,6 +20,7 @@ import sim
 from checkpoint import read_json, write_json
 from sim import CONDITION
 
+Predictor = Callable[[Tensor], Tensor]      # the first frames of clips -> whole clips
 EVAL_SEED = 1_000_003       # of the clips in all tables; held out, because no training uses it
 SPLITS = ("iid", "ood", "slow", "fast", "small", "large")
 COLUMNS = ("velocity_error", "drift_error", "radius_error", "missing", "reward")
@@ -50,15 +52,17 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
         if not torch.isfinite(predicted).all():
             raise ValueError("predict returned NaN or infinity")
         predicted = _round(predicted)
-        batches.append(reward.errors(predicted, truth) | reward.reward(predicted, truth))
+        balls = reward.detect(predicted, truth.radius.shape[1])
+        batches.append(reward.errors(predicted, truth, balls)
+                       | reward.reward(predicted, truth, balls=balls))
 
     measured = {}                                                     # name -> (n,)
     for name in batches[0]:
         measured[name] = torch.cat([values[name].cpu().double() for values in batches])
     result = {}
     for name, values in measured.items():
-        mean, error = _mean_and_error(values)
-        result[name], result[name + "_se"] = mean.item(), error.item()
+        mean, se = _mean_and_se(values)
+        result[name], result[name + "_se"] = mean.item(), se.item()
     left_out = int(measured["velocity_error"].isnan().sum())
     result |= {"n": n - left_out, "left_out": left_out}
     if each:
@@ -70,12 +74,12 @@ def _round(frames: Tensor) -> Tensor:
     return sim.to_uint8(frames).float() / 255
 
 
-def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over clips and its standard error, without the clips that are NaN."""
+def _mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over clips and its standard error. Clips that are NaN are left out."""
     values = values[~values.isnan()]
     n = len(values)
-    error = values.std() / math.sqrt(n) if n > 1 else torch.tensor(math.nan)
-    return values.mean(), error
+    se = values.std() / math.sqrt(n) if n > 1 else torch.tensor(math.nan)
+    return values.mean(), se
 
 
 # ------------------------------------------------------------------ the file of results
@@ -85,8 +89,8 @@ def add_row(path: Path, row: str, predict: Callable[[Tensor], Tensor], scenarios
     """
     Evaluates a model on all scenarios and splits and adds the results to the file as `row`.
 
-    Results that are there already, of as many clips of this size, are kept: an interrupted table is
-    continued. options: of `evaluate`.
+    Results for the same number of clips and the same size are kept, thus an interrupted table can
+    be continued. `options` are passed on to `evaluate`.
     """
     results = read_json(path)
     of = [n, size, EVAL_SEED]
@@ -101,8 +105,24 @@ def add_row(path: Path, row: str, predict: Callable[[Tensor], Tensor], scenarios
             write_json(path, results)
 
 
+def add_rows(config, predictors: dict[str, Predictor], size: int, world, splits=SPLITS, n: int = 0,
+             shown: int = CONDITION) -> Path:
+    """
+    Rows {name: predictor} of <config.out>/results.json, on every motion of config.scenario and n
+    clips per split (0: config.eval_clips). Rank 0 evaluates, the others wait. -> the file's path.
+    """
+    path = Path(config.out, "results.json")
+    motions = sim.SCENARIOS if config.scenario == "all" else [config.scenario]
+    if world.is_main:
+        for row, predict in predictors.items():
+            add_row(path, row, predict, motions, splits, n or config.eval_clips, size=size,
+                    shown=shown, device=world.device)
+    world.barrier()
+    return path
+
+
 def drop_rows(path: Path, *rows: str) -> None:
-    """Deletes rows, of a model that is trained again and of the models made from it."""
+    """Deletes rows: those of a model that is trained again, and of models built on it."""
     results = read_json(path)
     kept = {name: row for name, row in results.items() if name not in rows}
     if len(kept) < len(results):
@@ -131,8 +151,9 @@ def table(path: Path) -> str:
 
 def difference(path: Path, before: str, after: str) -> str:
     """
-    Row `after` minus row `before`: the mean over clips of the difference, its standard error, and
-    in brackets their ratio. Both rows are of the same clips, thus the clips' own spread cancels.
+    Row `after` minus row `before` as text: the mean of the difference over clips, its standard
+    error, and their ratio in brackets. Both rows are measured on the same clips. Comparing them
+    clip by clip removes the differences between clips from the standard error.
     """
     results = read_json(path)
     title = f"{after} minus {before}, the same clips".ljust(42)
@@ -143,7 +164,7 @@ def difference(path: Path, before: str, after: str) -> str:
             for name in PAIRED:
                 old, new = (torch.tensor(results[row][scenario][split]["each"][name])
                             for row in (before, after))
-                mean, error = _mean_and_error(new - old)
-                line += f"{mean:+10.3f} +-{error:6.3f} ({mean / error:+5.1f})"
+                mean, se = _mean_and_se(new - old)
+                line += f"{mean:+10.3f} +-{se:6.3f} ({mean / se:+5.1f})"
             lines.append(line)
     return "\n".join(lines) + "\n(in brackets: in standard errors)"

@@ -7,12 +7,15 @@ Axes: n clips, F frames, H W pixels, N balls.
 """
 import os
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sim import DT, WORLD, Clips, to_uint8
+from evaluate import EVAL_SEED
+from sim import CONDITION, DT, WORLD, Clips, render, sample, to_uint8
 
 
 def save_picture(path, picture: Image.Image, **options) -> None:
@@ -114,11 +117,30 @@ def save_gif(path, videos: dict[str, Tensor], names: list[str], *, truth: list[C
         if given:
             text = f"{'given' if f < given else 'predicted'}, {text}"
         images.append(_tile([("", rows, balls)], names, [(text, 0, n)], n * (f < given), pixels))
-    stack = Image.fromarray(np.concatenate(images)).quantize(64, dither=Image.Dither.NONE)
+    stack = np.concatenate(images)
+    stack[stack >= 248] = 255                          # noise too faint to be seen triples the file
+    stack = Image.fromarray(stack).quantize(64, dither=Image.Dither.NONE)
     width, height = images[0].size
-    colors, white = stack.getpalette(), 3 * stack.getpixel((0, 0))
-    stack.putpalette(colors[:white] + [255, 255, 255] + colors[white + 3:])          # exactly white
     first, *others = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(F)]
     hold = {given - 1: 500, F - 1: 1500}
-    duration = [hold.get(f, int(1000 * DT)) for f in range(F)]                       # milliseconds
+    duration = [hold.get(f, int(1000 * DT)) for f in range(F)]                     # milliseconds
     save_picture(path, first, save_all=True, append_images=others, duration=duration, loop=0)
+
+
+def save_predictions(out: Path, predictors: dict[str, Callable[[Tensor], Tensor]], scenario: str,
+                     size: int, device) -> None:
+    """
+    <out>/clips.gif and clips.png: the first held-out clip of five splits, truth above predictions.
+    predictors: as evaluate.evaluate wants them.
+    """
+    splits = ("posttrain", "iid", "fast", "large", "slow")
+    clips = [sample(scenario, split, 1, EVAL_SEED) for split in splits]
+    frames = torch.cat([render(c.position, c.radius, size) for c in clips]).to(device)
+    videos = {"truth": frames}
+    for name, predict in predictors.items():
+        videos[name] = predict(frames[:, :CONDITION])
+    titles = [f"{split}\nradius {c.radius[0, 0]:.1f}, speed {c.velocity[0, 0]:.1f}"
+              for split, c in zip(splits, clips)]
+    save_gif(out / "clips.gif", videos, titles, truth=clips, given=CONDITION)
+    save_strip(out / "clips.png", videos, titles, truth=clips, given=CONDITION)
+    print(f"\nresults: {out}/results.json   pictures: {out}/clips.gif, {out}/clips.png")

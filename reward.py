@@ -4,7 +4,7 @@ turns the errors into a reward.
 
 Source: Phys-AR, section 3.4 and appendix D.
     velocity error   e_v = mean |v - v^|             (Eq. 4)
-    velocity reward  alpha exp(-k e_v)               (Eq. 5), alpha = 4, k = 1.4
+    velocity reward  alpha exp(-k e_v)               (Eq. 5 and 11), alpha = 4, k = 1.4
     mass reward      1 - e_r,  e_r = mean |r - r^|   (Eq. 6), r in world units
     reward           their sum                       (Eq. 7)
 
@@ -20,7 +20,7 @@ What the paper leaves open, decided here
 
     python reward.py          # the calibration table: what does each kind of wrong video score?
 
-Takes 30 seconds on 2 CPU cores. Perfect 128-pixel frames have a velocity_error of 0.0014 and a
+Takes 20 seconds on 2 CPU cores. Perfect 128-pixel frames have a velocity_error of 0.0014 and a
 reward of 4.99; the largest reward is 5.
 
 Axes: B clips, F frames, N balls, H W pixels; F-1 pairs of frames.
@@ -111,15 +111,15 @@ class Comparison:
     found: Tensor                   # (B, F, N)
 
 
-def _compare(frames: Tensor, clips: Clips) -> Comparison:
+def _compare(frames: Tensor, clips: Clips, balls: tuple | None) -> Comparison:
     if frames.shape[:2] != (len(clips), FRAMES):
         raise ValueError(f"{len(clips)} clips of {FRAMES} frames cannot be compared with frames of "
                          f"shape {tuple(frames.shape)}")
-    center, radius, found = detect(frames, clips.radius.shape[1])
+    center, radius, found = balls or detect(frames, clips.radius.shape[1])
     found_both = found[:, 1:] & found[:, :-1]
 
-    step, true_step = center.diff(dim=1), clips.position.diff(dim=1)  # (B, F-1, N, 2)
-    difference = ((step - true_step) / DT).float()
+    moved, truly = center.diff(dim=1), clips.position.diff(dim=1)     # (B, F-1, N, 2)
+    difference = ((moved - truly) / DT).float()                       # v - v^
     difference = torch.where(found_both[..., None], difference, 0)
     length = difference.norm(dim=-1)                                  # (B, F-1, N)
     difference *= (MISSING / length.clamp(min=MISSING))[..., None]    # at most MISSING long
@@ -131,7 +131,7 @@ def _compare(frames: Tensor, clips: Clips) -> Comparison:
 
 
 def _frame_mask(clips: Clips) -> Tensor:
-    """The frames that count (B, F, N): predicted ones with the true ball in view."""
+    """The frames that count (B, F, N): predicted, and the true ball is wholly in view."""
     predicted = torch.arange(FRAMES, device=clips.inside.device) >= CONDITION
     return clips.inside & predicted[:, None]
 
@@ -151,21 +151,22 @@ def _pair_mask(clips: Clips, after_impact: bool) -> Tensor:
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
     """
-    Mean over time, then over balls, of the entries in the mask: (B, F, N) -> (B,). NaN if there
-    are none.
+    Mean over time, then over balls, of the entries in the mask: (B, F, N) -> (B,).
+    NaN if there are none.
     """
     per_ball = torch.where(mask, x, 0).sum(1) / mask.sum(1)           # (B, N), 0 / 0 = NaN
     return per_ball.nanmean(-1)
 
 
-def errors(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
+def errors(frames: Tensor, clips: Clips, balls: tuple | None = None) -> dict[str, Tensor]:
     """
     frames (B, F, 3, H, W) -> {velocity_error, drift_error, radius_error, missing}, each (B,).
 
-    Units: per second, per second, world units, share of frames in which the ball is not found. NaN
-    for a clip in which nothing counts: its balls leave the view too early.
+    velocity_error and drift_error are in units per second, radius_error in units; missing is the
+    share of frames in which the ball is not found. NaN for a clip in which no frame counts, because
+    its balls leave the view too early. balls: what `detect` returns, where it is known already.
     """
-    c = _compare(frames, clips)
+    c = _compare(frames, clips, balls)
     frame_mask = _frame_mask(clips)                                   # (B, F, N)
     pair_mask = _pair_mask(clips, after_impact=True)                  # (B, F-1, N)
 
@@ -183,15 +184,16 @@ def errors(frames: Tensor, clips: Clips) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------ reward
 
-def reward(frames: Tensor, clips: Clips, horizon: int = 0) -> dict[str, Tensor]:
+def reward(frames: Tensor, clips: Clips, horizon: int = 0,
+           balls: tuple | None = None) -> dict[str, Tensor]:
     """
     frames (B, F, 3, H, W) -> {reward, velocity, mass}, each (B,), by Eq. 4-7.
 
     velocity is in (0, 4], mass in [-1, 1], reward is their sum. NaN for a clip in which no frame
     counts. With a horizon also `ahead` (B, F): for each frame the reward of only this frame and the
-    horizon - 1 frames after it, NaN where none of them counts.
+    horizon - 1 frames after it, NaN where none of them counts. balls: as for `errors`.
     """
-    c = _compare(frames, clips)
+    c = _compare(frames, clips, balls)
     frame_mask = _frame_mask(clips)                                   # (B, F, N)
     pair_mask = _pair_mask(clips, after_impact=False)                 # (B, F-1, N)
 

@@ -11,8 +11,8 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 1. The softmax is over the 256 visual codes only: at inference text tokens are masked anyway.
 2. The codes of a frame are in the order of their time steps, V_1 first.
 3. Clips are tokenized once, before training: 32 K bytes each.
-4. Against exposure bias, inputs are corrupted in training: a code after the given frames becomes one of
-   its three nearest, and one in ten any code. Targets stay clean.
+4. Against exposure bias, inputs are corrupted in training: a code after the given frames becomes
+   one of its three nearest, and one in ten any code. Targets stay clean.
 5. In a new model the embeddings of near codes start alike (`init_code_embeddings`).
 6. Evaluation is by greedy decoding.
 
@@ -34,7 +34,6 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
 import ddt
@@ -89,8 +88,8 @@ class Config:
 # `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
 PRESETS = {
     "tiny": {},
-    "small": dict(scenario="all", clips=20000, hidden=768, ffn=2304, layers=12, heads=12, kv_heads=4,
-                  dtype="bfloat16", steps=6000, batch=128, lr=6e-4, warmup=300),
+    "small": dict(scenario="all", clips=20000, hidden=768, ffn=2304, layers=12, heads=12,
+                  kv_heads=4, dtype="bfloat16", steps=6000, batch=128, lr=6e-4, warmup=300),
     "paper": dict(scenario="all", clips=3_000_000, corrupt=0.0, near=1, dtype="bfloat16",
                   checkpointing=True, steps=360_000, batch=768, lr=1e-4, warmup=5000,
                   save_every=1000, eval_clips=1000),
@@ -156,7 +155,8 @@ def nearest_codes(codebook: Tensor, n: int) -> Tensor:
     return cosine.topk(n).indices
 
 
-def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float, generator: torch.Generator) -> Tensor:
+def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float,
+                   generator: torch.Generator) -> Tensor:
     """
     Against exposure bias: in generation the model is given its own mistakes, thus in training its
     inputs hold some. codes (B, F, K): those of the given frames stay as they are; the others become
@@ -173,10 +173,10 @@ def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float, generator: torch
 @torch.no_grad()
 def init_code_embeddings(model: Llama, codebook: Tensor, frequency: float = 5.0) -> None:
     """
-    The embedding and head rows of the codes start as random Fourier features (Rahimi and Recht 2007)
-    of the codebook (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), s from 1 to `frequency`
-    over the channels, as large as the rows they replace. Near codes start alike, and what is
-    learnt of one holds for its neighbours.
+    The embedding and head rows of the codes start as random Fourier features (Rahimi and Recht
+    2007) of the codebook (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), s from 1 to
+    `frequency` over the channels, as large as the rows they replace. Near codes start alike, and
+    what is learnt of one holds for its neighbours.
     """
     for weight in (model.model.embed_tokens.weight, model.lm_head.weight):      # (1 + V, D)
         D, rows = weight.shape[1], weight[model.first_code:]
@@ -207,51 +207,23 @@ class NextToken(nn.Module):
 # ------------------------------------------------------------------ training
 
 
-def training_codes(config: Config, tokenizer: DDT, folder: Path, world: train.World) -> np.ndarray:
-    """
-    Codes (n, F, K) of the training clips, uint8, mapped from <folder>/codes.npy. If that is missing,
-    or of another tokenizer or other clips, the ranks share the work.
-    """
-    names, K = train.scenarios(config.scenario), tokenizer.config.queries
-    shape = (len(names) * config.clips, FRAMES, K)
-    stamp = json.dumps({"scenario": config.scenario, "clips": config.clips, "seed": config.seed,
+def training_codes(config: Config, tokenizer: DDT, path: Path, world: train.World) -> np.ndarray:
+    """Codes (n, F, K) of the training clips, uint8, made once and kept in a file."""
+    motions, K = train.scenarios(config.scenario), tokenizer.config.queries
+    clips = [sim.first_frames(name, "pretrain", config.clips, config.seed) for name in motions]
+    n = config.clips
+    chunks = [slice(i * n + start, i * n + min(start + sim.SCENES, n))          # of one motion each
+              for i in range(len(motions)) for start in range(0, n, sim.SCENES)]
+
+    def codes_of(chunk: slice) -> np.ndarray:
+        motion = chunk.start // n
+        part = clips[motion][chunk.start - motion * n:chunk.stop - motion * n]
+        return tokenize(tokenizer, sim.play(part)).numpy()                      # (b, F, K)
+
+    stamp = json.dumps({"scenario": config.scenario, "clips": n, "seed": config.seed,
                         "codebook": tokenizer.quantizer.codebook.double().sum().item()})
-    path, note = checkpoint.writable(folder) / "codes.npy", folder / "of.json"
-    codes = saved_codes(path, note, stamp, shape)
-    world.barrier()                                         # every rank has looked
-    if codes is not None:
-        return codes
-
-    part = path.with_suffix(".part")
-    if world.is_main:
-        note.unlink(missing_ok=True)
-        np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-    world.barrier()
-    codes = np.lib.format.open_memmap(part, "r+")
-    firsts = [sim.first_frames(name, "pretrain", config.clips, config.seed) for name in names]
-    chunks = [(i, start) for i in range(len(names)) for start in range(0, config.clips, sim.SCENES)]
-    bar = tqdm(chunks[world.rank::world.size], "tokens", ncols=100, disable=not world.is_main)
-    for i, start in bar:
-        clips = sim.play(firsts[i][start:start + sim.SCENES])
-        place = i * config.clips + start
-        codes[place:place + len(clips)] = tokenize(tokenizer, clips).numpy()
-    codes.flush()
-    world.barrier()
-    if world.is_main:
-        part.replace(path)
-        note.write_text(stamp)                              # last: with it, the codes are whole
-    world.barrier()
-    return saved_codes(path, note, stamp, shape)
-
-
-def saved_codes(path: Path, note: Path, stamp: str, shape: tuple) -> np.ndarray | None:
-    """The codes in a file, unless they are missing, damaged or of another stamp."""
-    try:
-        codes = np.load(path, mmap_mode="r")
-        whole = codes.shape == shape and codes.dtype == np.uint8 and note.read_text() == stamp
-        return codes if whole else None
-    except (OSError, ValueError, EOFError):
-        return None
+    shape = (len(motions) * n, FRAMES, K)
+    return checkpoint.cached_array(path, stamp, shape, chunks, codes_of, world)
 
 
 def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
@@ -269,27 +241,26 @@ def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     c = model.config
     check(c.bos_token_id is not None, f"--llm {config.llm}: its config.json names no bos_token_id, "
           "with which every clip begins")
-    check(S <= c.max_position_embeddings, f"--llm {config.llm}: a clip has {S} tokens, this model's "
-          f"context {c.max_position_embeddings}")
+    check(S <= c.max_position_embeddings, f"--llm {config.llm}: a clip has {S} tokens, this "
+          f"model's context {c.max_position_embeddings}")
     return model
 
 
 def new_shape(config: Config, S: int, V: int) -> LlamaConfig:
     """A new model: BOS and V codes, with room for S tokens."""
-    return LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
-                       config.hidden // config.heads, max_position_embeddings=S, n_visual=V)
+    return LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads,
+                       config.kv_heads, config.hidden // config.heads, max_position_embeddings=S,
+                       n_visual=V)
 
 
 def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
-    folder = checkpoint.writable(Path(config.out, "sft"))
-    if config.fresh:
-        checkpoint.delete_model(folder)
-    checkpoint.write_provenance(folder, world, **tokenizer_file(config))
+    sources = tokenizer_file(config)
+    folder = checkpoint.start_stage(Path(config.out, "sft"), config, world, **sources)
     torch.manual_seed(config.seed)
     model = starting_model(config, tokenizer, world)
     model.checkpointing = config.checkpointing
-    codes = training_codes(config, tokenizer, folder / "tokens", world)         # (n, F, K)
+    codes = training_codes(config, tokenizer, folder / "codes.npy", world)      # (n, F, K)
     near = nearest_codes(tokenizer.quantizer.codebook, config.near)             # (V, near)
     B, n = config.batch, world.accumulation_steps(config.batch, config.micro_batch)
     world.print0(f"SFT: {millions(model)} parameters, {config.steps} steps of {B} clips of "
@@ -324,7 +295,8 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
 
 def load_tokenizer(config, world: train.World) -> DDT:
     """The tokenizer of <out>, trained first if missing. A VQGAN has DDT's encode and decode."""
-    check(config.tokenizer in ("ddt", "vqgan"), f"--tokenizer {config.tokenizer}: choose ddt or vqgan")
+    known = config.tokenizer in ("ddt", "vqgan")
+    check(known, f"--tokenizer {config.tokenizer}: choose ddt or vqgan")
     if config.tokenizer == "ddt":
         return ddt.ensure(config, world)
     import experiments.vqgan                                # only the comparison needs it
@@ -336,7 +308,7 @@ def tokenizer_file(config) -> dict[str, Path]:
 
 
 def load(folder: Path, **sources: Path) -> Llama:
-    """Loads a model. UserError if it was trained on other tokenizer or SFT weights than `sources`."""
+    """Loads a model. UserError if it was trained on other weights than `sources`."""
     checkpoint.check_provenance(Path(folder), **sources)
     try:
         return Llama.load(folder).eval()
@@ -350,19 +322,16 @@ def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
     if not (folder / "model.safetensors").exists():
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         sft_config = train.stage_config("sft", Config, PRESETS, config, tokenizer=config.tokenizer)
-        return main_with(sft_config, tokenizer, world)
+        return run_stage(sft_config, tokenizer, world)
     model = load(folder, **tokenizer_file(config)).to(world.device)
     report(config, tokenizer, model, world)
     return model
 
 
-def report(config, tokenizer: DDT, model: Llama, world: train.World) -> None:
+def report(config, tokenizer: DDT, model: Llama, world: train.World) -> Path:
     """The model's row of the result table; what is there already is not done again."""
-    if world.is_main:
-        evaluate.add_row(Path(config.out, "results.json"), "SFT", predictor(model, tokenizer),
-                         train.scenarios(config.scenario), evaluate.SPLITS, config.eval_clips,
-                         size=tokenizer.config.size, device=world.device)
-    world.barrier()
+    predictors = {"SFT": predictor(model, tokenizer)}
+    return evaluate.add_rows(config, predictors, tokenizer.config.size, world)
 
 
 def check_config(c: Config) -> None:
@@ -371,9 +340,9 @@ def check_config(c: Config) -> None:
     check(c.dtype in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
     check(c.corrupt < 1, f"--corrupt {c.corrupt}: a share of the codes, below 1")
     check(c.near <= 256, f"--near {c.near}: between 1 and the 256 codes there are")
-    check(c.hidden % (2 * c.heads) == 0 and c.heads % c.kv_heads == 0, f"--hidden {c.hidden} must be a "
-          f"multiple of twice --heads {c.heads}, and that of --kv_heads {c.kv_heads}")
-    if c.llm:                           # a folder that cannot be read is known before an hour of tokens
+    check(c.hidden % (2 * c.heads) == 0 and c.heads % c.kv_heads == 0, f"--hidden {c.hidden} must "
+          f"be a multiple of twice --heads {c.heads}, and that of --kv_heads {c.kv_heads}")
+    if c.llm:                       # a folder that cannot be read is known before an hour of tokens
         try:
             read_config(c.llm)
         except ValueError as error:
@@ -384,7 +353,7 @@ def check_config(c: Config) -> None:
           f"`python sft.py --preset paper --out {out} --llm DIR`, DIR that model's folder")
 
 
-def main_with(config: Config, tokenizer: DDT, world: train.World) -> Llama:
+def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Loads the model that `config` describes, or trains it; then its row of the table."""
     check_config(config)
     folder = Path(config.out, "sft")
@@ -392,9 +361,7 @@ def main_with(config: Config, tokenizer: DDT, world: train.World) -> Llama:
         model = load(folder, **tokenizer_file(config)).to(world.device)
     else:
         model = train_sft(config, tokenizer, world)
-    report(config, tokenizer, model, world)
-    if world.is_main:
-        print(evaluate.table(Path(config.out, "results.json")))
+    world.print0(evaluate.table(report(config, tokenizer, model, world)))
     return model
 
 
@@ -402,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
     world = train.start(config.seed, config.out)
-    main_with(config, load_tokenizer(config, world), world)
+    run_stage(config, load_tokenizer(config, world), world)
 
 
 if __name__ == "__main__":

@@ -361,7 +361,7 @@ def closed_form(clips: Clips) -> Tensor:
     t = DT * torch.arange(FRAMES, dtype=torch.float64, device=clips.position.device)
     t = t[:, None, None]                                          # (F, 1, 1)
     start = clips.position[:, :1]                                 # (B, 1, N, 2)
-    velocity = initial_velocity(clips.velocity)   # (B, N, 2)
+    velocity = initial_velocity(clips.velocity)                   # (B, N, 2)
     if clips.scenario != "collision":
         position = start + velocity[:, None] * t                  # (B, F, N, 2)
         if clips.scenario == "parabola":
@@ -439,7 +439,8 @@ def main(argv: list[str] | None = None) -> None:
             off = (clips.position - closed_form(clips)).norm(dim=-1).max()
             names = [f"{args.split} {i + 1}" for i in range(len(clips))]
             pictures.save_gif(Path(args.out, f"{scenario}.gif"), {"": frames}, names)
-            pictures.save_strip(Path(args.out, f"{scenario}.png"), dict(zip(names, frames[:, None])), [""])
+            strip = dict(zip(names, frames[:, None]))
+            pictures.save_strip(Path(args.out, f"{scenario}.png"), strip, [""])
             print(f"{scenario:10s} {args.out}/{scenario}.gif, .png   4 {args.split} clips, "
                   f"at most {off:.4f} units from the closed form")
     except (ValueError, OSError) as error:

@@ -3,15 +3,15 @@ Stage 1, VAE: a convolutional autoencoder that shrinks a frame to a small latent
 
     frame (3, H, W) -> encoder -> mean, log variance (C, h, w) -> latent -> decoder -> frame
 
-The architecture is diffusers' AutoencoderKL, parameter names and config.json included: the VAE folders
-of Stable Diffusion 1 and 3 load as they are. Source of the method: Rombach et al. 2022,
+The architecture is diffusers' AutoencoderKL, parameter names and config.json included: the VAE
+folders of Stable Diffusion 1 and 3 load as they are. Source of the method: Rombach et al. 2022,
 https://arxiv.org/abs/2112.10752. Phys-AR uses a frozen pre-trained VAE (section 3.2, appendix A.1).
 
 Differences from the paper
 1. `tiny` and `small` train their own small VAE. A trained one is taken with `ddt.py --vae DIR`.
 2. The loss is squared error + KL: a disc on white needs no perceptual or adversarial loss.
-3. The small VAE also sees the sizes and speeds of the `ood` splits (other clips than are evaluated), as
-   a VAE that was pre-trained on all kinds of pictures has: docs/RESULTS.md.
+3. The small VAE also sees the sizes and speeds of the `ood` splits (other clips than are
+   evaluated), as a VAE that was pre-trained on all kinds of pictures has: docs/RESULTS.md.
 
     python vae.py                       # trains <out>/vae; any field of Config is a flag
     python vae.py --preset small --help
@@ -78,7 +78,7 @@ PRESETS = {
                   batch=128, lr=1e-3, warmup=333, eval_clips=64),
 }
 EXPECTED = {"tiny": "1 to 3 minutes on 2 CPU cores.", "small": "Not run to its end yet."}
-KL_WEIGHT = 1e-6                # of the KL divergence beside the squared error per channel and pixel
+KL_WEIGHT = 1e-6               # of the KL divergence beside the squared error per channel and pixel
 
 # ------------------------------------------------------------------ model
 
@@ -177,7 +177,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> (B, out, h, w). channels: of every level, the largest resolution first."""
+    """Images (B, 3, H, W) -> (B, out, h, w). channels: of each level, the largest image first."""
 
     def __init__(self, channels: list[int], blocks: int, out: int, groups: int):
         super().__init__()
@@ -226,8 +226,8 @@ class VAE(nn.Module):
     variance, (z - shift) * scale; `decode` is its inverse; `forward` is the pass of training.
     """
 
-    def __init__(self, block_out_channels: list[int], latent_channels: int, layers_per_block: int = 1,
-                 norm_num_groups: int = 32, use_quant_conv: bool = True,
+    def __init__(self, block_out_channels: list[int], latent_channels: int,
+                 layers_per_block: int = 1, norm_num_groups: int = 32, use_quant_conv: bool = True,
                  use_post_quant_conv: bool = True, scaling_factor: float = 1.0,
                  shift_factor: float | None = 0.0, **others):
         """Named as in diffusers' config.json; `others`, its further fields, are kept for `save`."""
@@ -296,7 +296,8 @@ class VAE(nn.Module):
 # ------------------------------------------------------------------ folders
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before 2023
+# in files of before 2023
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 SUPPORTED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
              "down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D",
              "mid_block_add_attention": True}
@@ -309,8 +310,8 @@ def load_vae(folder) -> VAE:
     for key, ours in SUPPORTED.items():
         value = config.get(key, ours)
         values = value if isinstance(value, list) and value else [value]
-        check(all(v == ours for v in values), f"{path}: {key} is {value}; only an AutoencoderKL with "
-              f"{ours} can be read")
+        check(all(v == ours for v in values), f"{path}: {key} is {value}; only an AutoencoderKL "
+              f"with {ours} can be read")
     scale, shift = config["scaling_factor"], config.get("shift_factor") or 0
     numbers = isinstance(scale, (int, float)) and isinstance(shift, (int, float))
     check(numbers and 0 < scale < math.inf and math.isfinite(shift), f"{path}: scaling_factor "
@@ -393,17 +394,16 @@ def frames_per_call(device) -> int:
 def small_vae(config: Config) -> VAE:
     """The untrained AutoencoderKL that a config describes."""
     return VAE([config.width] + [2 * config.width] * (config.levels - 1), config.latent,
-               layers_per_block=1, norm_num_groups=8, use_quant_conv=False, use_post_quant_conv=False,
-               _class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu",
-               sample_size=config.size, down_block_types=["DownEncoderBlock2D"] * config.levels,
+               layers_per_block=1, norm_num_groups=8, use_quant_conv=False,
+               use_post_quant_conv=False, _class_name="AutoencoderKL", in_channels=3,
+               out_channels=3, act_fn="silu", sample_size=config.size,
+               down_block_types=["DownEncoderBlock2D"] * config.levels,
                up_block_types=["UpDecoderBlock2D"] * config.levels)
 
 
 def train_vae(config: Config, world: train.World) -> VAE:
     """Trains a small AutoencoderKL on single frames and saves it in <out>/vae."""
-    folder = checkpoint.writable(Path(config.out, "vae"))
-    if config.fresh:
-        checkpoint.delete_model(folder)
+    folder = checkpoint.start_stage(Path(config.out, "vae"), config, world)
     torch.manual_seed(config.seed)
     vae = small_vae(config).to(world.device)
     B, data = config.batch, Frames(config, world.device, ("pretrain", "ood"))
@@ -426,8 +426,8 @@ def train_vae(config: Config, world: train.World) -> VAE:
             for x, eps in run.accumulate(micro_batches, model):
                 with world.autocast():
                     reconstruction, mean, logvar = model(x, eps)
-                    mse = (reconstruction - x).square().mean((1, 2, 3))                         # (b,)
-                    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3))       # (b,)
+                    mse = (reconstruction - x).square().mean((1, 2, 3))                       # (b,)
+                    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3))     # (b,)
                 loss = (mse + KL_WEIGHT * kl).sum() / B
                 (loss * world.size).backward()              # DDP averages over ranks; this: the sum
                 total += loss.detach()
@@ -454,7 +454,7 @@ def millions(model: nn.Module) -> str:
 
 
 def reconstruction(vae: VAE) -> Callable[[Tensor], Tensor]:
-    """As evaluate.evaluate wants it (with shown = 32): frames (B, F, 3, H, W) in [0, 1] -> the same."""
+    """For evaluate.evaluate with shown = 32: frames (B, F, 3, H, W) in [0, 1] -> the same."""
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
         parts = []
@@ -465,15 +465,10 @@ def reconstruction(vae: VAE) -> Callable[[Tensor], Tensor]:
     return predict
 
 
-def report(config, vae: VAE, world: train.World) -> None:
+def report(config, vae: VAE, world: train.World) -> Path:
     """Rows of the result table: the measurement's own floor, and what the VAE adds. Done once."""
-    if world.is_main:
-        rows = {"ground truth": lambda frames: frames, "VAE": reconstruction(vae)}
-        for row, predict in rows.items():
-            evaluate.add_row(Path(config.out, "results.json"), row, predict,
-                             train.scenarios(config.scenario), evaluate.SPLITS, config.eval_clips,
-                             size=config.size, shown=sim.FRAMES, device=world.device)
-    world.barrier()
+    predictors = {"ground truth": lambda frames: frames, "VAE": reconstruction(vae)}
+    return evaluate.add_rows(config, predictors, config.size, world, shown=sim.FRAMES)
 
 
 def ensure(config, world: train.World) -> VAE:
@@ -485,12 +480,16 @@ def ensure(config, world: train.World) -> VAE:
     if getattr(config, "vae", ""):
         return adopt(folder, config.vae, world)
     if not (folder / WEIGHTS).exists():
-        check(config.preset in PRESETS, f"{folder} is missing, and --preset {config.preset} stands on a "
-              "pre-trained VAE: name the folder of one, such as `vae` of stable-diffusion-3-medium-"
-              f"diffusers (python ddt.py --preset {config.preset} --out {config.out} --vae DIR)")
+        check(config.preset in PRESETS, f"{folder} is missing, and --preset {config.preset} needs "
+              "a pre-trained VAE: name the folder of one, such as `vae` of stable-diffusion-3-"
+              f"medium-diffusers (python ddt.py --preset paper --out {config.out} --vae DIR)")
+        own = train.stage_config("vae", Config, PRESETS, config, size=config.size,
+                                 clips=config.clips)
+        multiple = shrink_of(own) * config.patch
+        check(config.size % multiple == 0, f"--size {config.size}: must be a multiple of "
+              f"{multiple}, by which the VAE and patches of {config.patch} divide it")
         world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
-        return run(train.stage_config("vae", Config, PRESETS, config, size=config.size,
-                                      clips=config.clips), world)
+        return run_stage(own, world)
     if then := checkpoint.read_json(folder / "trained.json", "train it again with vae.py --fresh"):
         names, known = (train.scenarios(x) for x in (config.scenario, then["scenario"]))
         check(then["size"] == config.size and set(names) <= set(known), f"{folder} was trained on "
@@ -507,8 +506,8 @@ def adopt(folder: Path, source: str, world: train.World) -> VAE:
     if there:
         ours, theirs = VAE.load(folder).state_dict(), vae.state_dict()
         same = [*ours] == [*theirs] and all(torch.equal(ours[k], x) for k, x in theirs.items())
-        check(same, f"{folder} holds another VAE than --vae {source}: choose another --out, or delete "
-              "that folder")
+        check(same, f"{folder} holds another VAE than --vae {source}: choose another --out, or "
+              "delete that folder")
     world.barrier()                     # every rank has looked before one writes
     if world.is_main and not there:
         vae.save(folder)
@@ -517,26 +516,35 @@ def adopt(folder: Path, source: str, world: train.World) -> VAE:
     return vae.to(world.device)
 
 
-def run(config: Config, world: train.World) -> VAE:
+def run_stage(config: Config, world: train.World) -> VAE:
     """Loads the VAE that `config` describes, or trains it."""
+    check_config(config)
     folder = Path(config.out, "vae")
     if checkpoint.is_trained(folder, WEIGHTS, config, world):
         return VAE.load(folder).to(world.device)
     return train_vae(config, world)
 
 
+def shrink_of(config: Config) -> int:
+    """Pixels per side of a latent cell."""
+    return 2 ** (config.levels - 1)
+
+
+def check_config(config: Config) -> None:
+    """UserError for flags that cannot work."""
+    train.scenarios(config.scenario)
+    shrink = shrink_of(config)
+    check(config.size % shrink == 0, f"--size {config.size}: must be a multiple of {shrink}, by "
+          f"which --levels {config.levels} shrink it")
+    check(config.width % 8 == 0, f"--width {config.width}: must be a multiple of 8 (its norms have "
+          "8 groups)")
+
+
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
-    train.scenarios(config.scenario)
-    shrink = 2 ** (config.levels - 1)
-    check(config.size % shrink == 0, f"--size {config.size}: must be a multiple of {shrink}, by which "
-          f"--levels {config.levels} shrink it")
-    check(config.width % 8 == 0, f"--width {config.width}: must be a multiple of 8 (its norms have 8 "
-          "groups)")
+    check_config(config)
     world = train.start(config.seed, config.out)
-    report(config, run(config, world), world)
-    if world.is_main:
-        print(evaluate.table(Path(config.out, "results.json")))
+    world.print0(evaluate.table(report(config, run_stage(config, world), world)))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ DiT, what the paper compares its language model with: a video diffusion model wi
     latents of 32 frames, noisy, + those of the first 3, clean
       -> attention over space and time -> v-prediction -> DDIM -> VAE decoder -> frames
 
-Source: PhyWorld, Kang et al. 2024, https://arxiv.org/abs/2411.02385. Sizes, full space-time attention,
-3D rope, how the first frames are given, v-prediction with zero terminal SNR and the optimizer are
-PhyWorld's, as far as they are known: its training code is not public.
+Source: PhyWorld, Kang et al. 2024, https://arxiv.org/abs/2411.02385. Sizes, full space-time
+attention, 3D rope, how the first frames are given, v-prediction with zero terminal SNR and the
+optimizer are PhyWorld's, as far as they are known: its training code is not public.
 
 Differences, and choices where it is silent
-1. One modulation for all blocks and a table for each (as PixArt): the published parameter counts say it.
+1. One modulation for all blocks and a table for each (as PixArt): the published parameter counts
+   say it.
 2. DDPM's linear noise levels, rescaled. 25 DDIM steps.
 3. The loss is of the predicted frames.
 4. q and k are RMS-normalised.
@@ -102,7 +103,10 @@ def zero_terminal_snr(levels: int) -> tuple[Tensor, Tensor]:
 
 
 def rope_3d(frames: int, side: int, d: int) -> tuple[Tensor, Tensor]:
-    """cos, sin (F side side, d) for lm.rotate: a third of the channel pairs each turns with frame, row, column."""
+    """
+    cos, sin (F side side, d) for lm.rotate: a third of the channel pairs turns with the frame, a
+    third with the row, a third with the column.
+    """
     pairs = d // 2
     counts = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)                 # frame, row, column
     axes = torch.arange(frames), torch.arange(side), torch.arange(side)
@@ -136,7 +140,8 @@ class Block(nn.Module):
 
         # attention
         h = self.qkv(modulate(self.norm1(x), shift1, scale1))
-        q, k, v = rearrange(h, "b l (three heads d) -> three b heads l d", three=3, heads=self.heads)
+        axes = "b l (three heads d) -> three b heads l d"
+        q, k, v = rearrange(h, axes, three=3, heads=self.heads)
         q = rotate(nnf.rms_norm(q, q.shape[-1:]), cos, sin).to(v.dtype)
         k = rotate(nnf.rms_norm(k, k.shape[-1:]), cos, sin).to(v.dtype)
         h = nnf.scaled_dot_product_attention(q, k, v)                           # (B, heads, L, d)
@@ -147,15 +152,16 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """A clip's latents, noisy, beside its first three frames, clean -> the velocity v of the diffusion."""
+    """A clip's latents, noisy, beside its first three frames, clean -> the velocity v."""
 
     def __init__(self, config: Config, vae: VAE):
         super().__init__()
         self.config, self.vae = config, vae.eval().requires_grad_(False)
         self.channels, self.side = vae.config["latent_channels"], config.size // vae.shrink
         if config.size % (vae.shrink * config.patch):
-            raise ValueError(f"--size {config.size} must be a multiple of {vae.shrink * config.patch} "
-                             f"(VAE {vae.shrink} x patch {config.patch})")
+            multiple = vae.shrink * config.patch
+            raise ValueError(f"--size {config.size} must be a multiple of {multiple} (VAE "
+                             f"{vae.shrink} x patch {config.patch})")
         D, p = config.width, config.patch
         self.patch_in = nn.Linear((2 * self.channels + 1) * p * p, D)
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
@@ -183,7 +189,7 @@ class DiT(nn.Module):
         condition[:, :CONDITION] = given
         mask = x.new_zeros(x.shape[1], 1, 1, 1)
         mask[:CONDITION] = 1
-        h = torch.cat([x, condition, mask.expand_as(x[:, :, :1])], 2)           # (B, F, 2 C + 1, h, w)
+        h = torch.cat([x, condition, mask.expand_as(x[:, :, :1])], 2)        # (B, F, 2 C + 1, h, w)
         h = rearrange(h, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=p)
         h = self.patch_in(h)                                                    # (B, L, D)
         time = self.time(sincos(t, 256).to(h.dtype))                            # (B, D)
@@ -231,7 +237,7 @@ class DiT(nn.Module):
         return torch.cat([self.vae.encode(x) for x in parts]).unflatten(0, frames.shape[:2])
 
     def predictor(self, seed: int = 0) -> Callable[[Tensor], Tensor]:
-        """As evaluate.evaluate wants it: frames (B, 3, 3, H, W) -> (B, 32, 3, H, W), one sample each."""
+        """For evaluate.evaluate: frames (B, 3, 3, H, W) -> (B, 32, 3, H, W), one sample each."""
         @torch.no_grad()
         def predict(frames: Tensor) -> Tensor:
             generator = torch.Generator(frames.device).manual_seed(seed)
@@ -246,7 +252,8 @@ class DiT(nn.Module):
         return predict
 
     def save(self, folder) -> None:
-        save_folder(folder, {"dit": described(self.config), "vae": self.vae.config}, self, ddt.MODEL)
+        config = {"dit": described(self.config), "vae": self.vae.config}
+        save_folder(folder, config, self, ddt.MODEL)
 
     @classmethod
     def load(cls, folder) -> "DiT":
@@ -260,15 +267,13 @@ class DiT(nn.Module):
 
 def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
     """Trains the denoiser on whole clips and saves it in <out>/dit."""
-    folder = checkpoint.writable(Path(config.out, "dit"))
     torch.manual_seed(config.seed)
     try:
         dit = DiT(config, vae).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.fresh:
-        checkpoint.delete_model(folder)
-    checkpoint.write_provenance(folder, world, vae=folder.parent / "vae" / vae_stage.WEIGHTS)
+    weights = Path(config.out, "vae", vae_stage.WEIGHTS)
+    folder = checkpoint.start_stage(Path(config.out, "dit"), config, world, vae=weights)
 
     B, data = config.batch, Frames(config, world.device)
     clips, shape = len(data) // FRAMES, (FRAMES, dit.channels, dit.side, dit.side)
@@ -286,8 +291,9 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
             t = torch.randint(config.levels, (B,), generator=train.generator(config.seed, step))
             t = world.shard(t).to(world.device)                                         # (b,)
             mine = world.shard(torch.arange(B)).tolist()    # noise of this rank's own clips only
-            noise = [torch.randn(shape, generator=train.generator(config.seed, step, i)) for i in mine]
-            noise = torch.stack(noise).to(world.device)                                 # (b, F, C, h, w)
+            noise = [torch.randn(shape, generator=train.generator(config.seed, step, i))
+                     for i in mine]
+            noise = torch.stack(noise).to(world.device)                            # (b, F, C, h, w)
 
             total = 0.0
             micro_batches = zip(*(x.tensor_split(n) for x in (index, t, noise)))
@@ -302,18 +308,19 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
 
     if world.is_main:
         path = folder.parent / "results.json"
-        evaluate.drop_rows(path, *(row for row in checkpoint.read_json(path) if row.startswith("DiT")))
+        rows = [row for row in checkpoint.read_json(path) if row.startswith("DiT")]
+        evaluate.drop_rows(path, *rows)
     checkpoint.finish(folder, dit.save, config, dit, world)
     return dit.eval().requires_grad_(False)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = c = train.parse(Config, PRESETS, argv)
-    names = train.scenarios(c.scenario)
-    check(c.width % (2 * c.heads) == 0 and c.width // c.heads >= 6, f"--width {c.width} must divide by "
-          f"twice --heads {c.heads}, into at least 6 per head")
-    check(1 < c.levels >= c.calls, f"--levels {c.levels}: at least 2, and at least the {c.calls} of "
-          "--calls")
+    train.scenarios(c.scenario)
+    check(c.width % (2 * c.heads) == 0 and c.width // c.heads >= 6, f"--width {c.width} must "
+          f"divide by twice --heads {c.heads}, into at least 6 per head")
+    check(1 < c.levels >= c.calls, f"--levels {c.levels}: at least 2, and at least the {c.calls} "
+          "of --calls")
     world = train.start(c.seed, c.out)
     out = Path(c.out)
     vae = vae_stage.ensure(config, world)
@@ -323,12 +330,8 @@ def main(argv: list[str] | None = None) -> None:
         dit.config.calls = c.calls
     else:
         dit = train_dit(config, vae, world)
-    if world.is_main:
-        results = out / "results.json"
-        evaluate.add_row(results, f"DiT, {c.calls} calls", dit.predictor(), names, evaluate.SPLITS,
-                         c.eval_clips, size=c.size, device=world.device)
-        print(evaluate.table(results))
-    world.barrier()
+    predictors = {f"DiT, {c.calls} calls": dit.predictor()}
+    world.print0(evaluate.table(evaluate.add_rows(c, predictors, c.size, world)))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
 """
-The paper's tables and figures, from what a run folder holds.
+The paper's tables and figures, made from what a run folder holds.
 
-    python figures.py --table 1             # DiT beside our language models, in and out of distribution
-    python figures.py --table 2             # VQGAN and DDT tokens, without and with RL; most likely codes, samples, best of 8
-    python figures.py --table 4             # reconstruction: ground truth, VAE, VQGAN, DDT; Euler steps; what the codes carry
-    python figures.py --table order         # SFT on codes in the reverse order: trains it
-    python figures.py --table ablation      # trains tokenizers that differ in one factor, three seeds each: hours
-    python figures.py --table rl            # trains policies that differ in one factor
-    python figures.py --figure 3            # error against the number of training clips: trains language models
-    python figures.py --figure 4            # clips beside the truth
-    python figures.py --figure 5            # how tokens answer to a ball that is moved
-    python figures.py --figure 6            # how alike the tokens of near frames are
-    python figures.py --figure 7            # one frame's tokens replaced by another's, span by span
-    python figures.py --figure 8            # errors before and after RL, over the first frames' radius and speed
-    python figures.py --figure prefix       # reconstruction from the first k tokens
+    python -m experiments.figures --table 1         # DiT and language models, IID and OOD
+    python -m experiments.figures --table 2         # VQGAN and DDT, SFT and RL; greedy and sampled
+    python -m experiments.figures --table 4         # reconstruction, and what the tokens encode
+    python -m experiments.figures --table order     # trains SFT on the codes in reverse order
+    python -m experiments.figures --table ablation  # trains tokenizers that differ in one factor
+    python -m experiments.figures --table rl        # trains policies that differ in one factor
+    python -m experiments.figures --figure 3        # trains SFT on fewer clips: error against clips
+    python -m experiments.figures --figure 4        # predicted clips beside the truth
+    python -m experiments.figures --figure 5        # similarity of the tokens when a ball is moved
+    python -m experiments.figures --figure 6        # similarity of the tokens of near frames
+    python -m experiments.figures --figure 7        # first tokens of a frame replaced by another's
+    python -m experiments.figures --figure 8        # errors over radius and speed, SFT and SFT + RL
+    python -m experiments.figures --figure prefix   # reconstruction from the first k tokens
 
-Each reads what runs/tiny (--out) holds, says which command makes what is missing, and writes <out>/figures/: pictures as PNG,
-numbers as JSON. A table goes on where it was stopped; tables 1, 2, order and rl take the runs of --others (other seeds; 1 and 2
-also other motions and tokenizers) together with it. A mean of several runs has the standard error over runs; that of one run is
-over its clips, and leaves out that another training would have ended elsewhere. One process, on the GPU if there is one.
+It reads runs/tiny (--out), names the command that makes what is missing, and writes pictures (PNG)
+and numbers (JSON) to <out>/figures/. An interrupted table is continued. Tables 1, 2, order and rl
+also take the runs in --others: other seeds, motions or tokenizers.
 
-Axes: B frames or clips, F frames of a clip, N balls, K tokens of a frame, L vectors of width D, A attributes.
+The mean of several runs has the standard error over runs. For a single run it is over clips and
+ignores the variance between trainings. One process, on the GPU if there is one.
+
+Axes: B frames or clips, F frames of a clip, N balls, K tokens of a frame, L vectors of width D,
+A attributes.
 """
 import dataclasses
 import json
@@ -31,243 +34,337 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-import ddt as tokenizers
+import checkpoint
+import ddt
+import evaluate
 import grpo
+import pictures
 import reward
 import sft
 import sim
 import train
-from baselines import DiT, VQGAN
-from ddt import DDT, center_error, reconstruction
-from lm import Llama, Tokenizer
+import vae
+from checkpoint import UserError, check, checksum, read_json, write_json
+from ddt import DDT, MODEL
+from evaluate import EVAL_SEED
+from experiments.dit import DiT
+from experiments.plot import Points, chart, heat_maps, smooth
+from experiments.vqgan import VQGAN
+from lm import Llama
+from sim import CONDITION, FRAMES
+from text import Tokenizer
 
 
 @dataclass
 class Config:
-    preset: str = "tiny"
-    out: str = ""               # run folder; empty: runs/<preset>
-    others: str = ""            # more run folders, separated by commas
-    table: str = ""             # 1, 2, 4, order, ablation or rl
-    figure: str = ""            # 3 to 8 or prefix
-    clips: int = 32             # per split, of tokenizers; four times as many in tables 1 and 2
-    llm: str = ""               # figures 5 and 6: folder of a text model, whose embedding of the coordinates is compared
+    # run
+    preset: str = "tiny"    # preset of the run folder: tiny, small or paper
+    out: str = ""           # run folder (empty: runs/<preset>)
+    others: str = ""        # more run folders, separated by commas, for tables 1, 2, order and rl
+    # what to make
+    table: str = ""         # table to make: 1, 2, 4, order, ablation or rl
+    figure: str = ""        # figure to make: 3 to 8, or prefix
+    clips: int = 32         # clips per split; tables 1 and 2 take four times as many
+    llm: str = ""           # folder of a text model, whose embeddings figures 5 and 6 add
 
 
-PRESETS = {"tiny": {}, "small": {}, "paper": {}}        # the run folder's
+PRESETS = {"tiny": {}, "small": {}, "paper": {}}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# ------------------------------------------------------------------ run folders
+
+
+def check_run(run: Path, name: str, **needed) -> dict:
+    """
+    -> the settings that the model in <run>/<name> was trained with; {} for a VAE of --vae.
+
+    Raises UserError if there is no model, with the command that trains it, and if one of the
+    `needed` settings is another one.
+    """
+    weights = run / name / (vae.WEIGHTS if name == "vae" else MODEL)
+    flags = "".join(f" --{field} {value}" for field, value in needed.items())
+    command = f"{checkpoint.command(name)} --out {run}{flags}"
+    preset = "" if "preset" in needed else ", with the --preset that the folder has"
+    check(weights.exists(), f"{run}/{name} is missing: make it with `{command}`{preset}")
+    settings = read_json(run / name / "trained.json", "train that stage again with --fresh")
+    for field, value in needed.items() if settings else ():
+        check(settings[field] == value, f"{run}/{name} was trained with --{field} "
+              f"{settings[field]}; this table is of --{field} {value}: choose another --out")
+    return settings
+
+
+def load(run: Path, name: str) -> DDT | VQGAN | DiT:
+    """The model of <run>/ddt, vqgan or dit."""
+    check_run(run, name)
+    kinds = {"ddt": DDT, "vqgan": VQGAN, "dit": DiT}
+    return kinds[name].load(run / name).to(DEVICE)
+
+
+def load_tokenizers(config: Config) -> dict[str, DDT | VQGAN]:
+    """Both tokenizers of a run folder. Raises UserError if they are not of the same frames."""
+    models = {"VQGAN": load(Path(config.out), "vqgan"), "DDT": load(Path(config.out), "ddt")}
+    frames = {f"{m.config.scenario}, {m.config.size} pixels" for m in models.values()}
+    check(len(frames) == 1, f"{config.out}: DDT and VQGAN are of different frames "
+          f"({'; '.join(sorted(frames))}): train one of them again with --fresh")
+    return models
+
+
+def tokenizer_of(run: Path) -> str:
+    """ddt or vqgan: the tokenizer that a run's language models were trained with."""
+    return "vqgan" if "vqgan" in read_json(run / "sft" / "provenance.json") else "ddt"
+
+
+def load_language_model(run: Path, name: str) -> tuple[Llama, DDT | VQGAN]:
+    """<run>/sft or <run>/grpo and its tokenizer. UserError if one was trained anew since."""
+    kind = tokenizer_of(run)
+    check_run(run, name, **{"tokenizer": kind} if kind == "vqgan" else {})
+    sources = {kind: run / kind / MODEL}
+    if name == "grpo":
+        sources["sft"] = run / "sft" / MODEL
+    tokenizer = load(run, kind)
+    return sft.load(run / name, **sources).to(DEVICE), tokenizer
+
+
+def motions(run: Path, name: str) -> list[str]:
+    """The scenarios that a run's language model was trained on. (Its tokenizer may know more.)"""
+    return train.scenarios(check_run(run, name)["scenario"])
+
+
+def run_folders(config: Config) -> list[Path]:
+    """--out and --others. Raises UserError for one that is missing or named twice."""
+    names = [config.out, *config.others.split(",")]
+    folders = [Path(name.strip()) for name in names if name.strip()]
+    for folder in folders:
+        check(folder.is_dir(), f"{folder} is missing: make it with `python grpo.py --out {folder}`")
+    different = {folder.resolve() for folder in folders}
+    check(len(different) == len(folders), f"--others {config.others}: names a run twice")
+    return folders
+
+
+def sft_config(run: Path, **changes) -> sft.Config:
+    """The Config that a run's SFT model was trained with, but for `changes`."""
+    settings = check_run(run, "sft")
+    return sft.Config(**sft.PRESETS[settings["preset"]] | settings | changes)
+
+
+def train_sft(config: sft.Config) -> None:
+    """Trains a language model and evaluates it; what is done already is not done again."""
+    world = train.start(config.seed, config.out)
+    sft.run_stage(config, sft.load_tokenizer(config, world), world)
+
+
+def sft_row(run: Path) -> dict:
+    """SFT's row of a run's table: scenario -> split -> result. Raises UserError if not whole."""
+    row = read_json(run / "results.json").get("SFT", {})
+    for scenario in motions(run, "sft"):
+        missing = [split for split in evaluate.SPLITS if split not in row.get(scenario, {})]
+        check(not missing, f"{run}/results.json has no whole row of SFT: `python sft.py --out "
+              f"{run}` adds what is missing")
+    return row
+
+
+ROWS = {"vae": ("ground truth", "VAE"), "ddt": ("DDT",), "sft": ("SFT",)}
+
+
+def fork(run: Path, place: Path, *names: str) -> Path:
+    """
+    Makes a run folder that begins with some of another's models and their rows of the table.
+
+    Raises UserError if it is there, but was made from other weights than `run` now holds.
+    """
+    if not place.exists():
+        part = place.with_name(place.name + ".part")        # renamed when it is whole
+        shutil.rmtree(part, ignore_errors=True)
+        for name in names:
+            no_log = shutil.ignore_patterns("log.jsonl")
+            shutil.copytree(run / name, part / name, ignore=no_log)
+        known = read_json(run / "results.json")
+        rows = [row for name in names for row in ROWS[name] if row in known]
+        write_json(part / "results.json", {row: known[row] for row in rows})
+        part.rename(place)
+    for name in names:
+        file = vae.WEIGHTS if name == "vae" else MODEL
+        same = checksum(place / name / file) == checksum(run / name / file)
+        check(same, f"{place} was made from another {name} than {run} now holds: delete it, it is "
+              "made again")
+    return place
+
+
+def forget_others(path: Path, run: Path, *names: str) -> None:
+    """Deletes a file of results that were measured on other models than <run>/<name>."""
+    note = path.with_suffix(".of.json")
+    stamp = {name: checksum(run / name / MODEL) for name in names}
+    if read_json(note) != stamp:
+        path.unlink(missing_ok=True)
+        write_json(note, stamp)
+
 
 # ------------------------------------------------------------------ what is measured
 
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def need_made(there, run: Path, name: str, flags: str = "") -> None:
-    train.need(there, f"{run}/{name} is missing: make it with `python {train.script(name)} --out {run}{flags}`, and the --preset "
-               "that the folder has")
-
-
-def load(run: Path, name: str) -> DDT | VQGAN | DiT:
-    """A run folder's model of frames, or one line that says how to make it."""
-    need_made((run / name / "model.safetensors").exists(), run, name)
-    return {"ddt": DDT, "vqgan": VQGAN, "dit": DiT}[name].load(run / name).to(DEVICE)
-
-
-def both(config: Config) -> dict[str, DDT | VQGAN]:
-    ddt, vqgan = (load(Path(config.out), name) for name in ("ddt", "vqgan"))
-    train.need((ddt.config.size, ddt.config.scenario) == (vqgan.config.size, vqgan.config.scenario),
-               f"{config.out}: the DDT is of {ddt.config.scenario}, {ddt.config.size} pixels, the VQGAN of "
-               f"{vqgan.config.scenario}, {vqgan.config.size}: train one of them again with --fresh")
-    return {"VQGAN": vqgan, "DDT": ddt}
-
-
-def language_model(run: Path, name: str) -> tuple[Llama, DDT | VQGAN]:
-    """The model of <run>/sft or <run>/grpo, and the tokenizer whose codes it speaks."""
-    kind = speaks(run)
-    need_made((run / name / "model.safetensors").exists(), run, name, " --tokenizer vqgan" if kind == "vqgan" else "")
-    sources = [kind] + ["sft"] * (name == "grpo")
-    model = sft.load(run / name, **{source: run / source / "model.safetensors" for source in sources}).to(DEVICE)
-    return model, load(run, kind)
-
-
-def motions(run: Path, name: str) -> list[str]:
-    """What a run's language model was trained on. (Its tokenizer may know more.)"""
-    return train.scenarios(trained(run, name)["scenario"])
-
-
-def speaks(run: Path) -> str:
-    """ddt or vqgan: the tokenizer of a run's language models."""
-    return "vqgan" if "vqgan" in reward.read(run / "sft" / "made_of.json") else "ddt"
-
-
-def runs(config: Config) -> list[Path]:
-    folders = [Path(config.out), *(Path(name.strip()) for name in config.others.split(",") if name.strip())]
-    for folder in folders:
-        train.need(folder.is_dir(), f"{folder} is missing: make it with `python grpo.py --out {folder}`")
-    train.need(len({folder.resolve() for folder in folders}) == len(folders), f"--others {config.others}: names a run twice")
-    return folders
-
-
-def trained(run: Path, name: str) -> dict:
-    """What a run's model was trained with."""
-    was = reward.read(run / name / "trained.json")
-    need_made(was, run, name)
-    return was
-
-
-def sft_settings(run: Path) -> dict:
-    """What a run's SFT model was trained with, where it is not a default."""
-    was = trained(run, "sft")
-    usual = sft.Config(**{"preset": was["preset"]} | sft.PRESETS[was["preset"]])
-    return {key: value for key, value in was.items() if value != getattr(usual, key) or key == "preset"}
-
-
-def flags(settings: dict) -> list[str]:
-    return [text for key, value in settings.items() for text in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
-
-
-def copied(run: Path, place: Path, *names: str) -> Path:
-    """A run folder of its own that begins with some of another's models and their rows of the table."""
-    rows = {"vae": ("ground truth", "VAE"), "ddt": ("DDT",), "sft": ("SFT",)}
-    file = {"vae": tokenizers.VAE_WEIGHTS}
-    weights = lambda folder, name: train.checksum(folder / name / file.get(name, "model.safetensors"))
-    if not place.exists():
-        part = place.with_name(place.name + ".part")                              # whole, or not there
-        shutil.rmtree(part, ignore_errors=True)
-        for name in names:
-            shutil.copytree(run / name, part / name, ignore=shutil.ignore_patterns("log.jsonl"))
-        known = reward.read(run / "results.json")
-        reward.write(part / "results.json", {row: known[row] for name in names for row in rows[name] if row in known})
-        part.rename(place)
-    for name in names:
-        train.need(weights(place, name) == weights(run, name),
-                   f"{place} was made from another {name} than {run} now holds: delete it, it is made again")
-    return place
-
-
 def in_chunks(f: Callable[..., Tensor], *x: Tensor) -> Tensor:
-    """f over rows, 64 at a time, on the device; the result is on the CPU."""
-    return torch.cat([f(*(y.to(DEVICE) for y in part)).cpu() for part in zip(*(y.split(64) for y in x))])
+    """f of the rows of x, 64 at a time, on the device; the result is on the CPU."""
+    chunks = zip(*(y.split(64) for y in x))
+    return torch.cat([f(*(y.to(DEVICE) for y in chunk)).cpu() for chunk in chunks])
 
 
 def seeded() -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(0)
 
 
-def still(n: int, scenario: str, split: str, size: int, seed: int = reward.EVAL_SEED) -> tuple[Tensor, Tensor, Tensor]:
-    """n single frames with the balls wholly in view -> frames (n, 3, H, W), positions (n, N, 2), radii (n, N)."""
-    clips = sim.sample(scenario, split, n, seed)
-    frames = sim.render(clips.position[:, :1], clips.radius, size)[:, 0]          # every clip starts in view
+def still_frames(n: int, scenario: str, split: str, size: int,
+                 seed: int = EVAL_SEED) -> tuple[Tensor, Tensor, Tensor]:
+    """n first frames of clips -> frames (n, 3, H, W), positions (n, N, 2), radii (n, N)."""
+    clips = sim.sample(scenario, split, n, seed)            # every clip starts wholly in view
+    frames = sim.render(clips.position[:, :1], clips.radius, size)[:, 0]
     return frames, clips.position[:, 0], clips.radius
 
 
-def carried(codes: Tensor, attributes: Tensor) -> list[dict]:
+def token_information(codes: Tensor, attributes: Tensor) -> list[dict]:
     """
-    What each token says: codes (B, K), attributes (B, A) -> per token the codes in use, their perplexity, the entropy in
-    bits, and the share of each attribute's variance that the code explains: in the second half of the rows, with each code's
-    mean from the first. (Frames of one clip are alike: on the same rows, codes would explain what they only remember.)
+    What each token encodes: codes (B, K), attributes (B, A) -> per token the codes in use, their
+    perplexity, their entropy in bits, and the share of each attribute's variance that the code
+    explains.
+
+    The share is of the second half of the rows, with the mean of each code in the first half:
+    frames of one clip are alike, and on the same rows a code would explain what it has memorised.
     """
     rows, half = [], len(codes) // 2
-    known, unknown = attributes[:half], attributes[half:]
+    first, second = attributes[:half], attributes[half:]
     for k in range(codes.shape[1]):
         _, inverse, count = codes[:, k].unique(return_inverse=True, return_counts=True)
+        n = len(count)
         p = count / count.sum()
-        total = torch.zeros(len(count), known.shape[1], dtype=known.dtype).index_add_(0, inverse[:half], known)
-        seen = torch.bincount(inverse[:half], minlength=len(count))[:, None]
-        mean = torch.where(seen > 0, total / seen.clamp(min=1), known.mean(0))
-        explained = 1 - (unknown - mean[inverse[half:]]).square().mean(0) / unknown.var(0, correction=0)
         bits = -(p * p.log2()).sum().item()
-        rows.append({"codes": len(count), "perplexity": 2 ** bits, "bits": bits, "explained": explained.tolist()})
+
+        total = torch.zeros(n, first.shape[1], dtype=first.dtype)
+        total.index_add_(0, inverse[:half], first)                              # (n, A)
+        seen = torch.bincount(inverse[:half], minlength=n)[:, None]             # (n, 1)
+        mean = torch.where(seen > 0, total / seen.clamp(min=1), first.mean(0))  # (n, A)
+        residual = second - mean[inverse[half:]]
+        explained = 1 - residual.square().mean(0) / second.var(0, correction=0)
+        rows.append({"codes": n, "perplexity": 2 ** bits, "bits": bits,
+                     "explained": explained.tolist()})
     return rows
 
 
 def ball_errors(frames: Tensor, position: Tensor, radius: Tensor) -> dict[str, float]:
-    """frames (B, 3, H, W) -> median distance of the found from the true centres, median radius error, share not found."""
-    center, size, found = reward.detect(frames[:, None], radius.shape[1])         # (B, 1, N, 2), (B, 1, N) twice
-    return {"center": (center[:, 0] - position).norm(dim=-1).nanmedian().item(),
-            "radius": (size[:, 0] - radius).abs().nanmedian().item(), "missing": (~found).float().mean().item()}
-
-
-def of_these(path: Path, run: Path, *names: str) -> None:
-    """Forgets a file of results that were measured on other models than <run>/<name>."""
-    note, stamp = path.with_suffix(".of.json"), {name: train.checksum(run / name / "model.safetensors") for name in names}
-    if reward.read(note) != stamp:
-        path.unlink(missing_ok=True)
-        reward.write(note, stamp)
+    """
+    frames (B, 3, H, W), true positions (B, N, 2) and radii (B, N) -> median error of the centre
+    and of the radius in units, and the share of balls that are not found.
+    """
+    center, size, found = reward.detect(frames[:, None], radius.shape[1])       # (B, 1, N, ..)
+    center_error = (center[:, 0] - position).norm(dim=-1)
+    radius_error = (size[:, 0] - radius).abs()
+    return {"center": center_error.nanmedian().item(), "radius": radius_error.nanmedian().item(),
+            "missing": (~found).float().mean().item()}
 
 
 # ------------------------------------------------------------------ tables 1 and 2
 
-# velocity error in and out of distribution: uniform, parabola, collision
-PAPER1 = {"DiT-S": "0.015 / 0.288  0.052 / 0.311  0.023 / 0.153", "DiT-B": "0.014 / 0.358  0.036 / 0.287  0.018 / 0.211",
-          "DiT-L": "0.012 / 0.427  0.035 / 0.337  0.015 / 0.161", "Qwen-1.5B": "0.025 / 0.271  0.023 / 0.399  0.056 / 0.185",
-          "Qwen-7B": "0.016 / 0.071  0.017 / 0.068  0.043 / 0.047", "Llama3.1-8B": "0.014 / 0.057  0.018 / 0.062  0.048 / 0.051"}
-PAPER2 = {"VQGAN, SFT": "0.032 / 0.884  0.090 / 0.951  0.054 / 0.322",
-          "VQGAN, SFT + RL": "0.030 / 0.281  0.082 / 0.426  0.053 / 0.120",
-          "DDT, SFT": "0.032 / 0.763  0.024 / 0.685  0.050 / 0.184", "DDT, SFT + RL": "0.014 / 0.057  0.018 / 0.062  0.048 / 0.051"}
+# the paper's velocity error, in distribution / out of it: uniform, parabola, collision
+PAPER1 = {
+    "DiT-S": "0.015 / 0.288  0.052 / 0.311  0.023 / 0.153",
+    "DiT-B": "0.014 / 0.358  0.036 / 0.287  0.018 / 0.211",
+    "DiT-L": "0.012 / 0.427  0.035 / 0.337  0.015 / 0.161",
+    "Qwen-1.5B": "0.025 / 0.271  0.023 / 0.399  0.056 / 0.185",
+    "Qwen-7B": "0.016 / 0.071  0.017 / 0.068  0.043 / 0.047",
+    "Llama3.1-8B": "0.014 / 0.057  0.018 / 0.062  0.048 / 0.051",
+}
+PAPER2 = {
+    "VQGAN, SFT": "0.032 / 0.884  0.090 / 0.951  0.054 / 0.322",
+    "VQGAN, SFT + RL": "0.030 / 0.281  0.082 / 0.426  0.053 / 0.120",
+    "DDT, SFT": "0.032 / 0.763  0.024 / 0.685  0.050 / 0.184",
+    "DDT, SFT + RL": "0.014 / 0.057  0.018 / 0.062  0.048 / 0.051",
+}
+STAGES = {"sft": "SFT", "grpo": "SFT + RL"}
 SAMPLES = 8
+
+# of one run: a result per sample (scenario -> split -> evaluate's), and whether the best is taken
+OneRun = tuple[list[dict], bool]
 
 
 def predictions(run: Path, name: str, config: Config, samples: int = 0) -> dict[str, dict]:
     """
-    What <run>/dit, sft or grpo predicts of iid clips and of each out-of-distribution level: row -> scenario -> split ->
-    reward.evaluate's result, kept in <run>/figures/<name>.json. Rows: "" (DiT's sample, a language model's most likely codes)
-    and, of language models, "sample 1" to "sample <samples>" (top-k 50, top-p 0.95, those of the rollouts).
+    Evaluates <run>/dit, sft or grpo on iid clips and on each out-of-distribution level:
+    row -> scenario -> split -> result of evaluate, kept in <run>/figures/<name>.json.
+
+    Rows: "" (a sample of DiT, greedy decoding of a language model) and, of language models,
+    "sample 1" to "sample <samples>" (top-k 50, top-p 0.95, as the rollouts of RL).
     """
-    path = train.writable(run / "figures") / f"{name}.json"
+    path = checkpoint.writable(run / "figures") / f"{name}.json"
     if name == "dit":
         model = load(run, "dit")
-        predictors, size, scenarios = {"": model.predictor()}, model.config.size, train.scenarios(model.config.scenario)
+        predictors = {"": model.predictor()}
+        size, scenarios = model.config.size, train.scenarios(model.config.scenario)
     else:
-        model, tokenizer = language_model(run, name)
+        model, tokenizer = load_language_model(run, name)
+        predictors = {"": sft.predictor(model, tokenizer)}
+        for i in range(samples):
+            predictors[f"sample {i + 1}"] = sft.predictor(model, tokenizer, i, 50, 0.95)
         size, scenarios = tokenizer.config.size, motions(run, name)
-        predictors = {"": sft.predictor(model, tokenizer)} | {
-            f"sample {i + 1}": sft.predictor(model, tokenizer, i, 50, 0.95) for i in range(samples)}
-    of_these(path, run, name)
+    forget_others(path, run, name)
     for row, predict in predictors.items():
         for scenario in scenarios:
-            reward.add_row(path, row, predict, [scenario], ("iid", *sim.levels(scenario)), 4 * config.clips, size=size,
-                           device=DEVICE)
-    return {row: result for row, result in reward.read(path).items() if row in predictors}
+            splits = ("iid", *sim.levels(scenario))
+            evaluate.add_row(path, row, predict, [scenario], splits, 4 * config.clips, size=size,
+                             device=DEVICE)
+    results = read_json(path)
+    return {row: results[row] for row in predictors}
 
 
-def clip_by_clip(results: list[dict], splits: list[str], measure: str, best: bool = False) -> Tensor:
+def clip_by_clip(results: list[dict], splits: list[str], measure: str,
+                 best: bool = False) -> Tensor:
     """
-    A measure of every clip of the splits, the mean over results (samples), or that of the result with the best reward: (B,).
-    Clips in which no frame counts are left out.
+    A measure of every clip of the splits (B,): the mean over results (samples), or with `best`
+    that of the result with the highest reward. Clips in which no frame counts are left out.
     """
-    value, score = (torch.tensor([[x for split in splits for x in r[split]["each"][name]] for r in results], dtype=torch.float64)
-                    for name in (measure, "reward"))                              # (results, B) each
-    value = value.gather(0, score.argmax(0, keepdim=True))[0] if best else value.mean(0)
+    def values(name):                                       # (results, B)
+        rows = [[x for split in splits for x in result[split]["each"][name]] for result in results]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    value = values(measure)
+    if best:
+        value = value.gather(0, values("reward").argmax(0, keepdim=True))[0]
+    else:
+        value = value.mean(0)
     return value[~value.isnan()]
 
 
 def cell(values: list[Tensor]) -> str:
-    """Mean +- standard error: over runs, of one run over clips."""
+    """Mean +- standard error: over runs; for a single run over its clips."""
     x = torch.stack([v.mean() for v in values]) if len(values) > 1 else values[0]
     return f"{x.mean():.3f} +- {x.std() / math.sqrt(len(x)):.3f}"
 
 
-def comparison(rows: dict[str, list[tuple[list[dict], bool]]], paper: dict[str, str]) -> str:
+def comparison(rows: dict[str, list[OneRun]], paper: dict[str, str]) -> str:
     """
-    Rows: label -> for every run its results (scenario -> split -> evaluate's) and whether the best is taken -> drift_error, which
-    is very likely what the paper's tables hold (head of reward.py), and the reward, beside the paper's numbers.
+    A block per scenario: the drift_error, which is very likely what the paper's tables hold
+    (docs/RESULTS.md), and the reward of each row, then the paper's numbers.
     """
     lines = []
     for i, scenario in enumerate(sim.SCENARIOS):
-        lines.append(f"\n{scenario}".ljust(38) + "runs" + "".join(
-            f"{x:>18s}" for x in ("drift_error, IID", "OOD", "reward, IID", "OOD")))
-        here = {label: [([r[scenario] for r in results], best) for results, best in of_runs if scenario in results[0]]
-                for label, of_runs in rows.items()}
-        for label, of_runs in here.items():
-            cells = [cell([clip_by_clip(results, splits, measure, best) for results, best in of_runs])
-                     for measure in ("drift_error", "reward") for splits in (["iid"], sim.levels(scenario)) if of_runs]
-            if any(here.values()):
-                lines.append(f"  {label:35s}{len(of_runs):4d}" + "".join(f"{x:>18s}" for x in cells or ["not run yet"]))
-        if not any(here.values()):
-            lines.append(f"  not run yet: python grpo.py --scenario {scenario} --out FOLDER, and --others FOLDER here")
+        columns = ("drift_error, IID", "OOD", "reward, IID", "OOD")
+        title = f"\n{scenario}".ljust(38) + "runs"
+        lines.append(title + "".join(f"{column:>18s}" for column in columns))
+        blocks = {}
+        for label, of_runs in rows.items():
+            blocks[label] = [([result[scenario] for result in results], best)
+                             for results, best in of_runs if scenario in results[0]]
+        for label, of_runs in blocks.items():
+            cells = [] if of_runs else ["not run yet"]
+            for measure in ("drift_error", "reward") if of_runs else ():
+                for splits in (["iid"], sim.levels(scenario)):
+                    cells.append(cell([clip_by_clip(results, splits, measure, best)
+                                       for results, best in of_runs]))
+            if any(blocks.values()):
+                line = f"  {label:35s}{len(of_runs):4d}"
+                lines.append(line + "".join(f"{text:>18s}" for text in cells))
+        if not any(blocks.values()):
+            lines.append(f"  not run yet: python grpo.py --scenario {scenario} --out FOLDER, and "
+                         "--others FOLDER here")
         for label, numbers in paper.items():
             iid, ood = numbers.split("  ")[i].split(" / ")
             lines.append(f"  {'paper: ' + label:39s}{iid:>18s}{ood:>18s}")
@@ -275,62 +372,71 @@ def comparison(rows: dict[str, list[tuple[list[dict], bool]]], paper: dict[str, 
 
 
 def table1(config: Config, folder: Path) -> str:
-    rows: dict[str, list] = {}
-    for run in runs(config):
-        for name, label in (("dit", "DiT"), ("sft", "SFT"), ("grpo", "SFT + RL")):
-            if (run / name / "model.safetensors").exists():
-                label = f"DiT, {load(run, name).config.preset}" if name == "dit" else f"{speaks(run).upper()}, {label}"
-                rows.setdefault(label, []).append(([predictions(run, name, config)[""]], False))
-    train.need(rows, f"{config.out} holds no model that predicts: make one with `python grpo.py --out {config.out}`")
+    rows: dict[str, list[OneRun]] = {}
+    for run in run_folders(config):
+        for name in ("dit", *STAGES):
+            if not (run / name / MODEL).exists():
+                continue
+            if name == "dit":
+                label = f"DiT, {load(run, name).config.preset}"
+            else:
+                label = f"{tokenizer_of(run).upper()}, {STAGES[name]}"
+            results = [predictions(run, name, config)[""]]
+            rows.setdefault(label, []).append((results, False))
+    check(rows, f"{config.out} holds no model that predicts: make one with `python grpo.py --out "
+          f"{config.out}`")
     return comparison(rows, PAPER1)
 
 
 def table2(config: Config, folder: Path) -> str:
-    """The best of 8 samples is chosen by the true reward, which nobody has who has to predict: a bound, not a result."""
-    rows = {}
+    """The best of 8 samples is chosen by the true reward: a bound, which no predictor can know."""
+    sampled, best = ", sampled", f", best of {SAMPLES} (oracle)"
+    rows: dict[str, list[OneRun]] = {}
     for kind in ("VQGAN", "DDT"):
-        for label in ("SFT", "SFT + RL"):
-            for how in ("", ", sampled", f", best of {SAMPLES} (oracle)"):
+        for label in STAGES.values():
+            for how in ("", sampled, best):
                 rows[f"{kind}, {label}{how}"] = []
-    for run in runs(config):
-        for name, label in (("sft", "SFT"), ("grpo", "SFT + RL")):
-            row = f"{speaks(run).upper()}, {label}"
-            likely, *samples = predictions(run, name, config, SAMPLES).values()
-            rows[row].append(([likely], False))
-            rows[row + ", sampled"].append((samples, False))
-            rows[row + f", best of {SAMPLES} (oracle)"].append((samples, True))
+    for run in run_folders(config):
+        for name, label in STAGES.items():
+            row = f"{tokenizer_of(run).upper()}, {label}"
+            greedy, *samples = predictions(run, name, config, SAMPLES).values()
+            rows[row].append(([greedy], False))
+            rows[row + sampled].append((samples, False))
+            rows[row + best].append((samples, True))
     return comparison(rows, PAPER2)
 
 
+# ------------------------------------------------------------------ order of the codes
+
+
 def order(config: Config, folder: Path) -> str:
-    """SFT on each run's tokenizer with the codes of a frame reversed, in <run>/reverse, against the run's own."""
+    """Each run's SFT beside one on the reversed codes of a frame, trained in <run>/reverse."""
     found: dict[str, list[list[Tensor]]] = {}
-    for run in runs(config):
-        settings, ddt, turned = sft_settings(run), load(run, "ddt"), run / "reverse"
-        evaluated(run)                                                            # known before hours of training
-        own = ddt.config.order
-        ddt.config.order = {"forward": "reverse", "reverse": "forward"}[own]
-        if not (turned / "ddt" / "model.safetensors").exists():
-            ddt.save(train.writable(turned / "ddt"))
-        train.need(torch.equal(load(turned, "ddt").quantizer.codebook, ddt.quantizer.codebook),
-                   f"{turned} was made from another ddt than {run} now holds: delete it, it is made again")
-        sft.main(flags(settings | {"out": turned}))                               # what is done it does not do again
-        for place, name in ((run, own), (turned, ddt.config.order)):
-            for scenario, splits in evaluated(place).items():
-                found.setdefault(f"{scenario}, {name}", []).append(
-                    [clip_by_clip([splits], [split], "drift_error") for split in sim.SHOWN])
-    lines = ["drift_error of SFT".ljust(29) + "runs" + "".join(f"{split:>18s}" for split in sim.SHOWN)]
+    for run in run_folders(config):
+        check_run(run, "sft")
+        tokenizer, place = load(run, "ddt"), run / "reverse"
+        sft_row(run)                                        # fails before hours of training
+        own = tokenizer.config.order
+        other = {"forward": "reverse", "reverse": "forward"}[own]
+        tokenizer.config.order = other
+        if not (place / "ddt" / MODEL).exists():
+            tokenizer.save(checkpoint.writable(place / "ddt"))
+        codebook = load(place, "ddt").quantizer.codebook
+        check(torch.equal(codebook, tokenizer.quantizer.codebook), f"{place} was made from another "
+              f"ddt than {run} now holds: delete it, it is made again")
+        train_sft(sft_config(run, out=str(place)))
+        for folder_of, name in ((run, own), (place, other)):
+            for scenario, splits in sft_row(folder_of).items():
+                values = [clip_by_clip([splits], [split], "drift_error")
+                          for split in evaluate.SPLITS]
+                found.setdefault(f"{scenario}, {name}", []).append(values)
+    title = "drift_error of SFT".ljust(29) + "runs"
+    lines = [title + "".join(f"{split:>18s}" for split in evaluate.SPLITS)]
     for name, of_runs in sorted(found.items()):
-        lines.append(f"  {name:27s}{len(of_runs):4d}" + "".join(f"{cell(list(values)):>18s}" for values in zip(*of_runs)))
+        cells = [cell(list(values)) for values in zip(*of_runs)]
+        line = f"  {name:27s}{len(of_runs):4d}"
+        lines.append(line + "".join(f"{text:>18s}" for text in cells))
     return "\n".join(lines)
-
-
-def evaluated(run: Path) -> dict:
-    """SFT's row of a run's table: scenario -> split -> reward.evaluate's result."""
-    row = reward.read(run / "results.json").get("SFT", {})
-    train.need(all(split in row.get(scenario, {}) for scenario in motions(run, "sft") for split in sim.SHOWN),
-               f"{run}/results.json has no whole row of SFT: `python sft.py --out {run}` adds what is missing")
-    return row
 
 
 # ------------------------------------------------------------------ table 4
@@ -339,507 +445,619 @@ STEPS = (4, 16, 50)
 
 
 def table4(config: Config, folder: Path) -> str:
-    models, out = both(config), Path(config.out)
-    ddt, path = models["DDT"], folder / "table4.json"
-    names, size = train.scenarios(ddt.config.scenario), ddt.config.size
+    models, path = load_tokenizers(config), folder / "table4.json"
+    tokenizer = models["DDT"]
+    scenarios, size = train.scenarios(tokenizer.config.scenario), tokenizer.config.size
 
-    def euler(n):
+    def euler(steps):
         def predict(frames):
             generator = seeded()
-            return in_chunks(lambda x: ddt.decode(ddt.encode(x), n, generator), frames.flatten(0, 1)).to(DEVICE).view_as(frames)
+
+            def again(x):
+                return tokenizer.decode(tokenizer.encode(x), steps, generator)
+            return in_chunks(again, frames.flatten(0, 1)).to(DEVICE).view_as(frames)
         return predict
 
-    rows = {"ground truth": lambda frames: frames, "VAE": reconstruction(ddt.vae), "VQGAN": reconstruction(models["VQGAN"]),
-            "DDT": reconstruction(ddt)} | {f"DDT, {n} Euler steps": euler(n) for n in STEPS}
-    of_these(path, out, "ddt", "vqgan")
+    rows = {"ground truth": lambda frames: frames, "VAE": vae.reconstruction(tokenizer.vae)}
+    for kind, model in models.items():
+        rows[kind] = ddt.reconstruction(model)
+    for steps in STEPS:
+        rows[f"DDT, {steps} Euler steps"] = euler(steps)
+    forget_others(path, Path(config.out), "ddt", "vqgan")
     for row, predict in rows.items():
-        for name in names:
-            reward.add_row(path, row, predict, [name], ("iid", *sim.levels(name)), config.clips, size=size, shown=sim.FRAMES,
-                           device=DEVICE)
-    return "\n".join([reward.table(path), *(what_codes_say(model, name, kind, config) for name in names
-                                           for kind, model in models.items())])
+        for scenario in scenarios:
+            splits = ("iid", *sim.levels(scenario))
+            evaluate.add_row(path, row, predict, [scenario], splits, config.clips, size=size,
+                             shown=FRAMES, device=DEVICE)
+    blocks = [evaluate.table(path)]
+    for scenario in scenarios:
+        for kind, model in models.items():
+            blocks.append(what_tokens_encode(model, scenario, kind, config))
+    return "\n".join(blocks)
 
 
-def what_codes_say(model: DDT | VQGAN, scenario: str, kind: str, config: Config) -> str:
-    """Per token of held-out frames: codes in use, bits, and what of positions and radii they explain."""
-    clips = sim.sample(scenario, "iid", 8 * config.clips, reward.EVAL_SEED)
-    inside, N = clips.inside.all(-1), clips.radius.shape[1]                       # (B, F)
-    paint = lambda position, radius: sim.render(position, radius, model.config.size)
-    frames = in_chunks(paint, clips.position, clips.radius)[inside]               # (n, 3, H, W)
-    attributes = torch.cat([clips.position.flatten(2), clips.radius[:, None].expand(-1, sim.FRAMES, -1)], -1)[inside]
-    labels = [f"{axis}{i + 1}" for i in range(N) for axis in "xy"] + [f"r{i + 1}" for i in range(N)]
-    codes = in_chunks(model.encode, frames)                                       # (n, K)
+def what_tokens_encode(model: DDT | VQGAN, scenario: str, kind: str, config: Config) -> str:
+    """Per token of held-out frames: codes in use, bits, and the variance they explain."""
+    clips = sim.sample(scenario, "iid", 8 * config.clips, EVAL_SEED)
+    inside, N = clips.inside.all(-1), clips.radius.shape[1]                     # (B, F)
+
+    def render(position, radius):
+        return sim.render(position, radius, model.config.size)
+    frames = in_chunks(render, clips.position, clips.radius)[inside]            # (n, 3, H, W)
+    radius = clips.radius[:, None].expand(-1, FRAMES, -1)                       # (B, F, N)
+    attributes = torch.cat([clips.position.flatten(2), radius], -1)[inside]     # (n, 3 N)
+    names = [f"{axis}{i + 1}" for i in range(N) for axis in "xy"]
+    names += [f"r{i + 1}" for i in range(N)]
+
+    codes = in_chunks(model.encode, frames)                                     # (n, K)
     again = in_chunks(lambda c: model.encode(model.decode(c, generator=seeded())), codes)
-    near = sft.neighbours(model.quantizer.codebook, 5)[codes]                     # (n, K, 5), the code itself the first
-    rows = carried(codes, attributes)
-    lines = [f"\n{scenario}, {kind}: {len(codes.unique())} codes in use, at most {sum(r['bits'] for r in rows):.1f} bits a frame; "
-             f"encode(decode(codes)) keeps {(again == codes).double().mean():.1%} of the codes, makes of "
-             f"{(again[..., None] == near[..., 1:]).any(-1).double().mean():.1%} one of their four nearest",
-             "token   codes  perplexity    bits   variance explained: " + "  ".join(f"{label:>5s}" for label in labels)]
-    return "\n".join(lines + [f"{k + 1:5d}{r['codes']:8d}{r['perplexity']:12.1f}{r['bits']:8.2f}" + " " * 22 +
-                              "  ".join(f"{x:5.2f}" for x in r["explained"]) for k, r in enumerate(rows)])
+    near = sft.nearest_codes(model.quantizer.codebook, 5)[codes]                # (n, K, 5)
+    kept = (again == codes).double().mean()
+    to_near = (again[..., None] == near[..., 1:]).any(-1)   # the first is the code itself
+    moved = to_near.double().mean()
+    tokens = token_information(codes, attributes)
+    bits = sum(token["bits"] for token in tokens)
+
+    used = len(codes.unique())
+    lines = [f"\n{scenario}, {kind}: {used} codes in use, at most {bits:.1f} bits per frame; "
+             f"encode(decode(codes)) keeps {kept:.1%} of the codes and makes of {moved:.1%} one of "
+             "their four nearest"]
+    title = "token   codes  perplexity    bits   variance explained: "
+    lines.append(title + "  ".join(f"{name:>5s}" for name in names))
+    for k, token in enumerate(tokens):
+        line = f"{k + 1:5d}{token['codes']:8d}{token['perplexity']:12.1f}{token['bits']:8.2f}"
+        lines.append(line + " " * 22 + "  ".join(f"{x:5.2f}" for x in token["explained"]))
+    return "\n".join(lines)
 
 
-# ------------------------------------------------------------------ what limits the tokenizer
+# ------------------------------------------------------------------ ablation of the tokenizer
 
-BASE, SEEDS = tokenizers.Config(steps=2000), (0, 1, 2)      # every row takes as many steps as make the same number of FLOPs
-ABLATION = {                        # one factor at a time
+BASE = ddt.Config(steps=2000)   # every row takes as many steps as make the same number of FLOPs
+SEEDS = (0, 1, 2)
+ABLATION = {                    # row -> fields that differ from BASE; "vae": its own VAE's Config
     "as it is": {},
     "8 tokens": {"queries": 8},
     "16 tokens": {"queries": 16},
-    "codes of 16 dimensions": {"code_dim": 16, "token_noise": 0.2},     # with less noise tokens do not specialise
-    "codes of 4 dimensions": {"code_dim": 4},                           # a sphere, not a circle
+    # with less noise the tokens stay alike
+    "codes of 16 dimensions": {"code_dim": 16, "token_noise": 0.2},
+    # a sphere, not a circle
+    "codes of 4 dimensions": {"code_dim": 4},
     "all tokens at every time": {"prefix": "all"},
-    "no pure noise (nor what waits for it)": {"pure_noise": 0.0},       # its error is what token noise and crowding wait for
+    # token noise and crowding wait for its error to fall
+    "no pure noise (nor what waits for it)": {"pure_noise": 0.0},
     "6 in 10 of pure noise": {"pure_noise": 0.6},
     "time not skewed": {"shift": 1.0},
     "decoder 4 layers": {"layers": 4},
-    "VAE of 150 steps": {"vae_steps": 150},
+    "VAE of 150 steps": {"vae": vae.Config(steps=150, warmup=25)},
     "no token noise, no crowding": {"token_noise": 0.0, "spread": 0.0},
     "twice the budget": {"steps": 4000},
 }
+QUALITY = ("centre", "radius", "drift", "codes", "bits", "speed probe")
 
 
-def usual(what: str, place: str, was: dict) -> None:
-    train.need((was["preset"], was["scenario"]) == ("tiny", "uniform"),
-               f"{what} is of `tiny` and uniform motion, {place} of {was['preset']} and {was['scenario']}")
+def flops(config: ddt.Config) -> float:
+    """FLOPs of one training step."""
+    from experiments.plan import plan_ddt
+    return plan_ddt(config, 1).flops
 
 
 def ablation(config: Config, folder: Path) -> str:
     """
-    `tiny` tokenizers of uniform motion that differ from ddt.py's defaults, trained in <out>/ablation: mean and standard error
-    over seeds. All stand on the VAE of <out>, but for those whose VAE differs.
+    Tokenizers of uniform motion that differ from `tiny` in one factor, trained in <out>/ablation
+    for hours: mean and standard error over seeds. All use the VAE of <out>, but for the row of
+    another VAE.
     """
-    out = Path(config.out)
-    vae = out / "vae" / tokenizers.VAE_WEIGHTS
-    train.need(vae.exists(), f"{out / 'vae'} is missing: make it with `python ddt.py --out {out}`")
-    if was := reward.read(out / "vae" / "trained.json"):                          # one of --vae has none
-        usual("the ablation", f"{out}/vae", was)
-    path, work = folder / "ablation.json", tokenizers.plan(BASE, 1).flops
-    done = reward.read(path)
+    shared = Path(config.out, "vae")
+    check_run(shared.parent, "vae", preset="tiny", scenario="uniform")
+    path, work = folder / "ablation.json", BASE.steps * flops(BASE)
+    done = read_json(path)
     lines = [f"{'steps':>43s}" + "".join(f"{name:>18s}" for name in QUALITY)]
     for name, change in ABLATION.items():
-        c = dataclasses.replace(BASE, **change)
+        fields = dict(change)
+        own_vae = fields.pop("vae", None)
+        c = dataclasses.replace(BASE, **fields)
         if "steps" not in change:
-            c.steps = round(BASE.steps * work / tokenizers.plan(c, 1).flops)
-        c.warmup, c.vae = max(c.steps // 5, 1), "" if "vae_steps" in change else str(out / "vae")
+            c.steps = round(work / flops(c))
+        c.warmup = max(c.steps // 5, 1)
+        c.vae = "" if own_vae else str(shared)
         rows = []
         for seed in SEEDS:
             run = f"{name}-{seed}".replace(" ", "-").replace(",", "")
-            c.seed, c.out = seed, str(out / "ablation" / run)
-            of, known = dataclasses.asdict(c) | {"out": "", "vae": train.checksum(vae) if c.vae else ""}, done.get(run, {})
+            c.seed, c.out = seed, str(folder.parent / "ablation" / run)
+            of = dataclasses.asdict(c) | {"out": ""}
+            of["vae"] = dataclasses.asdict(own_vae) if own_vae else checksum(shared / vae.WEIGHTS)
+            known = done.get(run, {})
             if known.get("of") != of:
-                settings = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if getattr(c, f.name) != f.default}
-                tokenizers.main(flags(settings) + ["--fresh"] * bool(known))
+                train_tokenizer(c, own_vae, fresh=bool(known))
             if (known.get("of"), known.get("clips")) != (of, config.clips):
-                done[run] = {"of": of, "clips": config.clips, "quality": quality(Path(c.out), config.clips)}
-                reward.write(path, done)
-            rows.append(done[run]["quality"])
-        x = torch.tensor(rows, dtype=torch.float64)
-        lines.append(f"{name:38s}{c.steps:5d}" + "".join(f"{mean:9.3f} +-{se:6.3f}" for mean, se in zip(
-            x.mean(0), x.std(0) / math.sqrt(len(rows)))))
-        print(lines[-1])                                                          # hours: what is known is said
+                measured = quality(Path(c.out), config.clips)
+                known = done[run] = {"of": of, "clips": config.clips, "quality": measured}
+                write_json(path, done)
+            rows.append(known["quality"])
+        x = torch.tensor(rows, dtype=torch.float64)         # (seeds, measures)
+        line = f"{name:38s}{c.steps:5d}"
+        for mean, error in zip(x.mean(0), x.std(0) / math.sqrt(len(rows))):
+            line += f"{mean:9.3f} +-{error:6.3f}"
+        lines.append(line)
+        print(line)                                         # the next row may take an hour
     return "\n".join(lines)
 
 
-QUALITY = ("centre", "radius", "drift", "codes", "bits", "reading")
+def train_tokenizer(config: ddt.Config, own_vae: vae.Config | None, fresh: bool) -> None:
+    """Trains a tokenizer, first its VAE if it has its own; fresh: both again."""
+    world = train.start(config.seed, config.out)
+    if fresh:
+        checkpoint.delete_model(Path(config.out, "vae"))
+    if own_vae:
+        same = {field: getattr(config, field) for field in ("out", "seed", "clips", "size")}
+        vae.run_stage(dataclasses.replace(own_vae, **same), world)
+    ddt.run_stage(dataclasses.replace(config, fresh=fresh), world)
 
 
-def quality(folder: Path, clips: int) -> list[float]:
+def quality(run: Path, clips: int) -> list[float]:
     """
-    Of a tokenizer in a run folder, uniform motion: median centre error; radius and drift error of reconstructed iid clips;
-    codes in use; bits a frame; and `reading`, the mean error of a speed read from the tokens of a clip's first three frames.
+    Of the tokenizer of a run, uniform motion: median centre error, radius and drift error of
+    reconstructed iid clips; codes in use; bits per frame; error of the speed probe.
     """
-    model, name = DDT.load(folder / "ddt").to(DEVICE), "uniform"
-    center, used = center_error(model, name, DEVICE, 4 * clips)
-    row = reward.read(folder / "results.json")["DDT"][name]["iid"]
-    seen = sim.sample(name, "iid", 4 * clips, reward.EVAL_SEED)
-    frames = sim.render(seen.position, seen.radius, model.config.size)[seen.inside.all(-1)]
-    bits = sum(token["bits"] for token in carried(in_chunks(model.encode, frames), torch.zeros(len(frames), 1)))
-    return [center, row["radius_error"], row["drift_error"], used, bits, reading(model, name, 200 * clips)]
+    model, scenario = load(run, "ddt"), "uniform"
+    center, used = ddt.center_error(model, scenario, DEVICE, 4 * clips)
+    row = read_json(run / "results.json")["DDT"][scenario]["iid"]
+    held_out = sim.sample(scenario, "iid", 4 * clips, EVAL_SEED)
+    frames = sim.render(held_out.position, held_out.radius, model.config.size)
+    frames = frames[held_out.inside.all(-1)]
+    tokens = token_information(in_chunks(model.encode, frames), torch.zeros(len(frames), 1))
+    bits = sum(token["bits"] for token in tokens)
+    probe = speed_probe(model, scenario, 200 * clips)
+    return [center, row["radius_error"], row["drift_error"], used, bits, probe]
 
 
-def reading(model: DDT | VQGAN, scenario: str, n: int, steps: int = 1000) -> float:
+def speed_probe(model: DDT | VQGAN, scenario: str, n: int, steps: int = 1000) -> float:
     """
-    What a language model has to do first: the speed from the tokens of the given frames, here by a small MLP trained on n
-    clips -> mean error on clips of the training range that it has not seen, units per second.
+    What a language model has to do first: to tell the speed from the tokens of the given frames.
+    Here by a small MLP trained on n clips -> its mean error on other clips of the training range,
+    units/s.
     """
-    def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    def encode(position, radius):
+        return model.encode(sim.render(position, radius, model.config.size).flatten(0, 1))
+
+    def draw(n: int, seed: int) -> tuple[Tensor, Tensor]:
         clips = sim.first_frames(scenario, "pretrain", n, seed)
-        position = sim.closed_form(clips)[:, :sim.CONDITION]
-        encode = lambda position, radius: model.encode(sim.render(position, radius, model.config.size).flatten(0, 1))
-        codes = in_chunks(encode, position, clips.radius).view(n, -1)             # (n, 3 K)
-        return codes + torch.arange(codes.shape[1]) * 256, clips.velocity[:, :1].float()
+        position = sim.closed_form(clips)[:, :CONDITION]
+        codes = in_chunks(encode, position, clips.radius).view(n, -1)           # (n, 3 K)
+        ids = codes + torch.arange(codes.shape[1]) * 256
+        return ids, clips.velocity[:, :1].float()
 
-    (codes, speed), (held_out, truth) = drawn(n, 0), drawn(max(n // 8, 1), reward.EVAL_SEED)
-    with torch.random.fork_rng(devices=[]):                                       # the MLP is too small for a GPU
+    ids, speed = draw(n, 0)
+    ids_test, speed_test = draw(max(n // 8, 1), EVAL_SEED)
+    tokens = ids.shape[1]
+    with torch.random.fork_rng(devices=[]):                 # on the CPU: too small for a GPU
         torch.manual_seed(0)
-        D = 64 * codes.shape[1]
-        mlp = nn.Sequential(nn.Embedding(256 * codes.shape[1], 64), nn.Flatten(), nn.Linear(D, 256), nn.GELU(),
+        mlp = nn.Sequential(nn.Embedding(256 * tokens, 64), nn.Flatten(),
+                            nn.Linear(64 * tokens, 256), nn.GELU(),
                             nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 1))
         optimizer = torch.optim.AdamW(mlp.parameters(), 3e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
         for _ in range(steps):
-            rows = torch.randint(n, (512,))
-            (mlp(codes[rows]) - speed[rows]).square().mean().backward()
+            batch = torch.randint(n, (512,))
+            loss = (mlp(ids[batch]) - speed[batch]).square().mean()
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
         with torch.no_grad():
-            return (mlp(held_out) - truth).abs().mean().item()
+            return (mlp(ids_test) - speed_test).abs().mean().item()
 
 
-# ------------------------------------------------------------------ what makes RL work
+# ------------------------------------------------------------------ ablation of RL
 
-RL = {                              # factor -> what is drawn together: one change each from grpo.py's defaults
+# factor -> row -> fields that differ from grpo.py's defaults; "sft_steps": trains another SFT model
+RL = {
     "as it is": {"the next 8 frames": {}},
-    "credit": {"the whole clip": {"whole_clip": True}, "all frames ahead": {"horizon": sim.FRAMES}},
-    "known clips": {"no KL on known clips": {"keep": 0.0}},
-    "groups": {"16 groups of 4": {"prompts": 16, "group": 4}, "4 groups of 16": {"prompts": 4, "group": 16}},
+    "credit": {"the whole clip": {"whole_clip": True}, "all frames ahead": {"horizon": FRAMES}},
+    "known clips": {"no KL on known clips": {"beta_pretrain": 0.0}},
+    "groups": {"16 groups of 4": {"prompts": 16, "group": 4},
+               "4 groups of 16": {"prompts": 4, "group": 16}},
     "KL": {"beta 0": {"beta": 0.0}, "beta 0.01": {"beta": 0.01}, "beta 0.04": {"beta": 0.04}},
-    "SFT": {"SFT of 1000 steps": {"sft": 1000}, "SFT of 2000 steps": {"sft": 2000}},
+    "SFT": {"SFT of 1000 steps": {"sft_steps": 1000}, "SFT of 2000 steps": {"sft_steps": 2000}},
 }
+CURVES = {  # file name -> key in log.jsonl, title of the axis
+    "reward": ("reward", "reward of rollouts"),
+    "velocity": ("rewards/velocity/mean", "velocity reward of rollouts"),
+    "mass": ("rewards/mass/mean", "mass reward of rollouts"),
+    "kl": ("kl", "KL to the SFT model, nats per token"),
+    "entropy": ("entropy", "entropy, nats per token"),
+    "zero_std": ("frac_reward_zero_std", "share of groups with std below 0.1"),
+}
+CHANGED = {"posttrain": "reward", "pretrain": "drift_error", "iid": "drift_error",
+           "ood": "drift_error", "slow": "drift_error", "fast": "drift_error"}
+WINDOW = 5  # steps of the running mean
 
 
-CURVES = {"reward": ("reward", "reward of rollouts"), "velocity": ("rewards/velocity/mean", "its velocity part"),
-          "mass": ("rewards/mass/mean", "its mass part"), "kl": ("kl", "KL to the SFT model, nats a token"),
-          "entropy": ("entropy", "entropy, nats a token"),
-          "zero_std": ("frac_reward_zero_std", "share of groups with std below 0.1")}
-CHANGED = {"posttrain": "reward", "pretrain": "drift_error", "iid": "drift_error", "ood": "drift_error", "slow": "drift_error",
-           "fast": "drift_error"}
-
-
-def another_policy(run: Path, name: str, change: dict, clips: int) -> Path:
-    """<run>/rl/<name>: GRPO with a change, on the run's SFT model or on one of another length, and their rows of the table."""
-    change, settings = dict(change), sft_settings(run)
-    steps = change.pop("sft", 0)
-    place = copied(run, run / "rl" / name.replace(" ", "-"), "vae", "ddt", *["sft"] * (not steps))
-    if steps:
-        sft.main(flags(settings | {"steps": steps, "out": place}))
-    grpo.main(flags({"out": place, "seed": settings.get("seed", 0)} | change))
-    for row, stage in (("SFT", "sft"), ("SFT + RL", "grpo")):                     # no stage looks at what it was trained on
-        model, ddt = language_model(place, stage)
-        reward.add_row(place / "results.json", row, sft.predictor(model, ddt), ["uniform"], ("pretrain",), clips,
-                       size=ddt.config.size, device=DEVICE)
+def train_policy(run: Path, name: str, change: dict, clips: int) -> Path:
+    """
+    GRPO with a change -> <run>/rl/<name>, with the rows of both language models in its table. It
+    starts from the run's SFT model, or from one trained for `sft_steps`.
+    """
+    change = dict(change)
+    sft_steps = change.pop("sft_steps", 0)
+    copied = ("vae", "ddt") if sft_steps else ("vae", "ddt", "sft")
+    place = fork(run, run / "rl" / name.replace(" ", "-"), *copied)
+    if sft_steps:
+        train_sft(sft_config(run, steps=sft_steps, out=str(place)))
+    change |= {"out": place, "seed": check_run(run, "sft")["seed"]}
+    grpo.main([f"--{field}" if value is True else f"--{field}={value}"
+               for field, value in change.items()])
+    for stage, row in STAGES.items():                       # the stages do not evaluate pretrain
+        model, tokenizer = load_language_model(place, stage)
+        evaluate.add_row(place / "results.json", row, sft.predictor(model, tokenizer), ["uniform"],
+                         ("pretrain",), clips, size=tokenizer.config.size, device=DEVICE)
     return place
+
+
+def change_by_rl(place: Path, split: str, measure: str) -> Tensor:
+    """SFT + RL minus SFT, clip by clip (B,); clips in which no frame counts are left out."""
+    results = read_json(place / "results.json")
+    before, after = (torch.tensor(results[row]["uniform"][split]["each"][measure])
+                     for row in STAGES.values())
+    difference = after - before
+    return difference[~difference.isnan()]
 
 
 def rl(config: Config, folder: Path) -> str:
     """
-    GRPO on each run's SFT model, but for one factor as grpo.py does it: learning curves, and what RL changed. The reward of
-    rollouts is of other conditions where there are more or fewer groups.
+    GRPO on each run's SFT model with one factor changed: learning curves, and what RL changed. With
+    more or fewer groups, the rewards of rollouts are of other conditions.
     """
-    for run in runs(config):
-        usual("the ablation of RL", f"{run}/sft", trained(run, "sft"))
-    lines = [f"{'':20s}runs" + "".join(f"{x:>17s}" for x in ("training reward", "kl", "entropy")) +
-             "".join(f"{split + ' ' + measure.split('_')[0]:>18s}" for split, measure in CHANGED.items())]
-    curves = {curve: {} for curve in CURVES}
+    runs = run_folders(config)
+    for run in runs:
+        check_run(run, "sft", preset="tiny", scenario="uniform")
+    title = " " * 20 + "runs"
+    title += "".join(f"{name:>17s}" for name in ("training reward", "kl", "entropy"))
+    for split, measure in CHANGED.items():
+        title += f"{split + ' ' + measure.split('_')[0]:>18s}"
+    lines, curves = [title], {curve: {} for curve in CURVES}
     for factor, rows in RL.items():
         for name, change in rows.items():
-            places = [another_policy(run, name, change, 8 * config.clips) for run in runs(config)]
-            logs = [[json.loads(line) for line in (place / "grpo" / "log.jsonl").read_text().splitlines()] for place in places]
+            places = [train_policy(run, name, change, 8 * config.clips) for run in runs]
+            logs = [read_log(place / "grpo") for place in places]
             for curve, (key, _) in CURVES.items():
-                mean = torch.tensor([[line[key] for line in log] for log in logs]).mean(0)                    # (steps,)
-                curves[curve][name] = [*enumerate(mean.unfold(0, 5, 1).mean(1).tolist())]
-            end = [sum(y for _, y in curves[curve][name][-5:]) / 5 for curve in ("reward", "kl", "entropy")]
-            cells = []
+                mean = torch.tensor([[line[key] for line in log] for log in logs]).mean(0)
+                curves[curve][name] = list(enumerate(mean.tolist()))
+            line = f"{name:20s}{len(places):4d}"
+            for curve in ("reward", "kl", "entropy"):
+                end = smooth(curves[curve][name], WINDOW)[-5:]
+                line += f"{sum(y for _, y in end) / len(end):17.3f}"
             for split, measure in CHANGED.items():
-                of = [[torch.tensor(reward.read(place / "results.json")[row]["uniform"][split]["each"][measure])
-                       for row in ("SFT", "SFT + RL")] for place in places]
-                cells.append(cell([(after - before)[~(after - before).isnan()] for before, after in of]))
-            lines.append(f"{name:20s}{len(logs):4d}" + "".join(f"{x:17.3f}" for x in end) + "".join(f"{x:>18s}" for x in cells))
-            print(lines[-1])
+                line += f"{cell([change_by_rl(place, split, measure) for place in places]):>18s}"
+            lines.append(line)
+            print(line)
         for curve, (_, label) in CURVES.items():
-            chart(folder / f"rl_{factor.replace(' ', '_')}_{curve}.png", "step", f"{label}, mean of 5 steps",
-                  {name: curves[curve][name] for name in [*RL["as it is"], *rows]})
-    (folder / "rl.json").write_text(json.dumps(curves) + "\n")
-    return "\n".join(lines) + "\n(of rollouts at the end of training; then SFT + RL minus SFT, the same clips)"
+            shown = {name: curves[curve][name] for name in [*RL["as it is"], *rows]}
+            chart(folder / f"rl_{factor.replace(' ', '_')}_{curve}.png", "step", label, shown,
+                  window=WINDOW)
+    write_json(folder / "rl.json", curves)
+    lines.append("(of rollouts at the end of training; then SFT + RL minus SFT on the same clips)")
+    return "\n".join(lines)
 
 
-# ------------------------------------------------------------------ figures
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
-SIZES = {"tiny": (60, 600, 6000), "small": (200, 2000, 20_000), "paper": (30_000, 300_000, 3_000_000)}
+
+# ------------------------------------------------------------------ figures 3, 4 and 8
+
+SIZES = {"tiny": (60, 600, 6000), "small": (200, 2000, 20_000),
+         "paper": (30_000, 300_000, 3_000_000)}
 
 
 def figure3(config: Config, folder: Path) -> str:
-    """drift_error of SFT against the number of training clips of each motion, all on the run's tokenizer."""
-    run, curves, seen = Path(config.out), {}, {}
-    settings = sft_settings(run)
-    own = trained(run, "sft")["clips"]
-    evaluated(run)                                                                # known before hours of training
+    """drift_error of SFT against the number of training clips, all on the run's tokenizer."""
+    run = Path(config.out)
+    settings = check_run(run, "sft")
+    sft_row(run)                                            # fails before hours of training
+    curves: dict[str, Points] = {}
+    lines = []
     for n in SIZES[settings["preset"]]:
-        place = run if n == own else copied(run, run / "clips" / str(n), "vae", "ddt")
-        if place != run:
-            sft.main(flags(settings | {"clips": n, "out": place}))
-        for scenario, splits in evaluated(place).items():
+        place = run
+        if n != settings["clips"]:
+            place = fork(run, run / "clips" / str(n), "vae", "ddt")
+            train_sft(sft_config(run, clips=n, out=str(place)))
+        line = f"{n:9d}"
+        for scenario, splits in sft_row(place).items():
             for split in ("iid", "ood"):
-                mean, se = splits[split]["drift_error"], splits[split]["drift_error_se"]
-                curves.setdefault(f"{scenario}, {split}", []).append((math.log10(n), mean))
-                seen.setdefault(n, {})[f"{scenario}, {split}"] = f"{mean:.3f} +- {se:.3f}"
-    (folder / "figure3.json").write_text(json.dumps(curves, indent=1) + "\n")
-    chart(folder / "figure3.png", "log10 of the training clips", "drift_error, units a second", curves)
-    return "\n".join([f"{'clips':>9s}" + "".join(f"{name:>20s}" for name in curves)] +
-                     [f"{n:9d}" + "".join(f"{text:>20s}" for text in row.values()) for n, row in seen.items()])
+                mean, error = (splits[split][name] for name in ("drift_error", "drift_error_se"))
+                curves.setdefault(f"{scenario}, {split}", []).append((n, mean))
+                line += f"{f'{mean:.3f} +- {error:.3f}':>20s}"
+        lines.append(line)
+    write_json(folder / "figure3.json", curves)
+    chart(folder / "figure3.png", "training clips per motion", "drift error, units/s", curves,
+          log_x=True)
+    title = f"{'clips':>9s}" + "".join(f"{name:>20s}" for name in curves)
+    return "\n".join([title, *lines])
 
 
 def figure4(config: Config, folder: Path) -> str:
-    """One clip of each split, the truth above what each model makes of its first frames."""
-    run, rows, labels = Path(config.out), [], []
-    policy, tokenizer = language_model(run, "grpo")
-    predictors = {"SFT": sft.predictor(language_model(run, "sft")[0], tokenizer), "SFT + RL": sft.predictor(policy, tokenizer)}
-    if (run / "dit" / "model.safetensors").exists():
+    """One clip of each split: the truth above what each model predicts from its first frames."""
+    run = Path(config.out)
+    policy, tokenizer = load_language_model(run, "grpo")
+    reference, _ = load_language_model(run, "sft")
+    scenarios, size = motions(run, "grpo"), tokenizer.config.size
+    predictors = {"SFT": sft.predictor(reference, tokenizer),
+                  "SFT + RL": sft.predictor(policy, tokenizer)}
+    if (run / "dit" / MODEL).exists():
         dit = load(run, "dit")
-        train.need(dit.config.size == tokenizer.config.size and set(motions(run, "grpo")) <= set(train.scenarios(dit.config.scenario)),
-                   f"{run}: the DiT is of {dit.config.size} pixels and {dit.config.scenario}, the policy of "
-                   f"{tokenizer.config.size} and {trained(run, 'grpo')['scenario']}: train one of them again with --fresh")
+        known = train.scenarios(dit.config.scenario)
+        check(dit.config.size == size and set(scenarios) <= set(known), f"{run}: the DiT is of "
+              f"{dit.config.size} pixels and {dit.config.scenario}, the policy of {size} and "
+              f"{', '.join(scenarios)}: train one of them again with --fresh")
         predictors = {"DiT": dit.predictor()} | predictors
-    for scenario in motions(run, "grpo"):
-        for split in ("iid", *sim.levels(scenario)):
-            clip = sim.sample(scenario, split, 1, reward.EVAL_SEED)
-            frames = sim.render(clip.position, clip.radius, tokenizer.config.size)
-            shown = {"truth": frames} | {name: f(frames[:, :sim.CONDITION].to(DEVICE)).cpu() for name, f in predictors.items()}
-            rows += [clips[0] for clips in shown.values()]
-            labels += [f"{scenario}, {split}: {name}" for name in shown]
-    sim.save_strip(folder / "figure4.png", rows, labels, every=3, pixels=64)
-    return f"{len(rows)} rows, every third frame"
+
+    splits = []
+    for scenario in scenarios:
+        splits += [(scenario, split) for split in ("iid", *sim.levels(scenario))]
+    clips = [sim.sample(scenario, split, 1, EVAL_SEED) for scenario, split in splits]
+    truth = [sim.render(clip.position, clip.radius, size) for clip in clips]
+    videos = {"truth": torch.cat(truth)}                                        # (n, F, 3, H, W)
+    for name, predict in predictors.items():
+        predicted = [predict(frames[:, :CONDITION].to(DEVICE)).cpu() for frames in truth]
+        videos[name] = torch.cat(predicted)
+    names = [f"{scenario}, {split}" for scenario, split in splits]
+    pictures.save_strip(folder / "figure4.png", videos, names, truth=clips, given=CONDITION)
+    return f"{len(clips)} clips, {', '.join(videos)}; outlined: the true balls"
 
 
-RADII, SPEEDS = torch.arange(0.35, 2.0, 0.1, dtype=torch.float64), torch.arange(0.25, 6.0, 0.5, dtype=torch.float64)
+RADII = torch.arange(0.35, 2.0, 0.1, dtype=torch.float64)
+SPEEDS = torch.arange(0.25, 6.0, 0.5, dtype=torch.float64)
+HEIGHTS = 4
+
+
+def grid_of_clips() -> sim.Clips:
+    """Uniform balls that start at the left: all radii x speeds x heights."""
+    heights = torch.linspace(0.1, 0.9, HEIGHTS, dtype=torch.float64)
+    grid = torch.meshgrid(RADII, SPEEDS, heights, indexing="ij")
+    radius, speed, height = (x.flatten()[:, None] for x in grid)                # (B, 1) each
+    x, y = radius + 0.3, radius + 0.5 + height * (9 - 2 * radius)
+    start = torch.stack([x, y], -1)[:, None]                                    # (B, 1, 1, 2)
+    inside = torch.ones_like(radius)[:, None]
+    return sim.play(sim.Clips("uniform", radius, speed, start, inside))
+
+
+def regions() -> dict[str, Tensor]:
+    """Name -> mask (radii, speeds)."""
+    def within(name):
+        r = torch.stack([(a <= RADII) & (RADII <= b) for a, b in sim.RADIUS[name]]).any(0)
+        v = torch.stack([(a <= SPEEDS) & (SPEEDS <= b) for a, b in sim.SPEED[name]]).any(0)
+        return r[:, None] & v
+    return {"training range": within("pretrain"), "RL bands": within("posttrain"),
+            "r and v out of range": within("ood"),
+            "everything": torch.ones(len(RADII), len(SPEEDS), dtype=torch.bool)}
 
 
 def figure8(config: Config, folder: Path) -> str:
-    """
-    drift_error and radius_error of SFT and SFT + RL over radius and speed: uniform balls that start at the left, at four heights
-    each. Drawn: the training range (black) and what RL was trained on (blue).
-    """
-    run, N = Path(config.out), 4
-    r, v, height = (x.flatten()[:, None] for x in torch.meshgrid(RADII, SPEEDS, torch.linspace(0.1, 0.9, N, dtype=torch.float64),
-                                                                 indexing="ij"))               # (radii speeds 4, 1)
-    start = torch.stack([r + 0.3, r + 0.5 + height * (9 - 2 * r)], -1)                         # (B, 1, 2)
-    clips = sim.play(sim.Clips("uniform", r, v, start[:, None], torch.ones_like(r)[:, None]))
-    panels, found = [], {}
-    for label, name in (("SFT", "sft"), ("SFT + RL", "grpo")):
-        model, tokenizer = language_model(run, name)
-        predict, size = sft.predictor(model, tokenizer), tokenizer.config.size
-        train.need("uniform" in motions(run, name), f"{run}/{name} is of {trained(run, name)['scenario']}: figure 8 is of uniform "
-                   "motion")
-        errors = []
+    """Drift and radius error of SFT and SFT + RL over radius and speed of uniform balls."""
+    run, clips = Path(config.out), grid_of_clips()
+    maps: dict[str, dict[str, Tensor]] = {"drift_error": {}, "radius_error": {}}
+    for stage, label in STAGES.items():
+        model, tokenizer = load_language_model(run, stage)
+        known = motions(run, stage)
+        check("uniform" in known, f"{run}/{stage} is of {', '.join(known)}: figure 8 is of uniform "
+              "motion")
+        predict, errors = sft.predictor(model, tokenizer), []
         for i in range(0, len(clips), 64):
             part = clips[i:i + 64].to(DEVICE)
-            errors.append(reward.errors(predict(sim.render(part.position[:, :sim.CONDITION], part.radius, size)), part))
-        for measure, top in (("drift_error", 2.0), ("radius_error", 0.5)):
-            value = torch.cat([e[measure] for e in errors]).cpu()
-            value = value.view(len(RADII), len(SPEEDS), N).nanmean(-1)                         # (radius, speed)
-            panels.append((f"{label}: {measure}, white 0, red {top} and more", value, top))
-            found[f"{label}, {measure}"] = value.tolist()
-    (folder / "figure8.json").write_text(json.dumps({"radius": RADII.tolist(), "speed": SPEEDS.tolist()} | found) + "\n")
-    heat_maps(folder / "figure8.png", panels[::2] + panels[1::2], RADII, SPEEDS)
-    within = lambda use: (torch.stack([(a <= RADII) & (RADII <= b) for a, b in sim.RADIUS[use]]).any(0)[:, None]
-                          & torch.stack([(a <= SPEEDS) & (SPEEDS <= b) for a, b in sim.SPEED[use]]).any(0))
-    places = {"training range": within("pretrain"), "bands of RL": within("posttrain"), "r and v out of range": within("ood"),
-              "everything": within("pretrain") | True}
-    lines = [f"{'mean of':28s}" + "".join(f"{place:>22s}" for place in places)]
-    return "\n".join(lines + [f"{name:28s}" + "".join(f"{torch.tensor(x)[where].nanmean():22.3f}" for where in places.values())
-                              for name, x in found.items()])
+            frames = sim.render(part.position[:, :CONDITION], part.radius, tokenizer.config.size)
+            errors.append(reward.errors(predict(frames), part))
+        for measure in maps:
+            value = torch.cat([error[measure] for error in errors]).cpu()
+            value = value.view(len(RADII), len(SPEEDS), HEIGHTS)
+            maps[measure][label] = value.nanmean(-1)        # (radii, speeds)
+
+    panels, numbers = [], {"radius": RADII.tolist(), "speed": SPEEDS.tolist()}
+    masks = regions()
+    lines = [f"{'mean of':28s}" + "".join(f"{name:>22s}" for name in masks)]
+    units = {"drift_error": ("drift error, units/s", 2.0),
+             "radius_error": ("radius error, units", 0.5)}
+    for measure, (title, darkest) in units.items():
+        for label, value in maps[measure].items():
+            panels.append((f"{label}: {title}", value, darkest))
+            numbers[f"{label}, {measure}"] = value.tolist()
+            means = [value[mask].nanmean() for mask in masks.values()]
+            lines.append(f"{f'{label}, {measure}':28s}" + "".join(f"{x:22.3f}" for x in means))
+    write_json(folder / "figure8.json", numbers)
+    heat_maps(folder / "figure8.png", panels, RADII, SPEEDS)
+    return "\n".join(lines)
 
 
-def heat_maps(path: Path, panels: list[tuple[str, Tensor, float]], radii: Tensor, speeds: Tensor, side: int = 300) -> None:
-    """Panels [(title, value (radius, speed), value that is all red)], two a row, with the ranges of training drawn."""
-    picture = Image.new("RGB", (2 * (side + 60), (len(panels) + 1) // 2 * (side + 60)), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (title, value, top) in enumerate(panels):
-        left, upper = 45 + i % 2 * (side + 60), 25 + i // 2 * (side + 60)
-        step = [(x[-1] - x[0]).item() / (len(x) - 1) for x in (radii, speeds)]
-        place = lambda r, v: (left + ((r - radii[0].item()) / step[0] + 0.5) * side / len(radii),
-                              upper + side - ((v - speeds[0].item()) / step[1] + 0.5) * side / len(speeds))
-
-        def box(r, v, **options):
-            (x0, y1), (x1, y0) = place(r[0], v[0]), place(r[1], v[1])
-            draw.rectangle((x0, y0, x1, y1), **options)
-        for j, r in enumerate(radii.tolist()):
-            for k, v in enumerate(speeds.tolist()):
-                x = value[j, k].item()
-                fill = (128, 128, 128)                                                            # grey: nothing to measure
-                if math.isfinite(x):
-                    pale = int(255 * (1 - min(x / top, 1)))
-                    fill = (255, pale, pale)
-                box((r - step[0] / 2, r + step[0] / 2), (v - step[1] / 2, v + step[1] / 2), fill=fill)
-        box(sim.RADIUS["pretrain"][0], sim.SPEED["pretrain"][0], outline="black", width=2)
-        for r in sim.RADIUS["posttrain"]:
-            for v in sim.SPEED["posttrain"]:
-                box(r, v, outline=(40, 80, 200), width=2)
-        draw.text((left, upper - 16), title, fill="black")
-        for r in radii[[0, len(radii) // 2, -1]].tolist():
-            draw.text((place(r, 0)[0] - 12, upper + side + 4), f"r {r:.2f}", fill="black")
-        for v in speeds[[0, len(speeds) // 2, -1]].tolist():
-            draw.text((left - 42, place(0, v)[1] - 6), f"v {v:.2f}", fill="black")
-    picture.save(path)
+# ------------------------------------------------------------------ figures of the tokenizers
 
 
 def prefix(config: Config, folder: Path) -> str:
     """
-    Reconstruction from the first k tokens: from pure noise, where training always shows all K; and at the time that k tokens
-    belong to, t(k / K), where the noisy frame itself helps, beside the same frame without any token (which training never shows).
+    Reconstruction from the first k tokens: from pure noise, for which training always gives all K;
+    and at the time t(k / K) that k tokens belong to, where the noisy frame itself helps. Beside it
+    the same noisy frame without any token, which training never gives.
     """
-    ddt = load(Path(config.out), "ddt")
-    K, name = ddt.config.queries, train.scenarios(ddt.config.scenario)[0]
-    frames, position, radius = still(8 * config.clips, name, "iid", ddt.config.size)
-    latent, codes = in_chunks(ddt.latent, frames), in_chunks(ddt.encode, frames)
-    tokens = ddt.quantizer.codebook.cpu()[ddt.ordered(codes)]
+    tokenizer = load(Path(config.out), "ddt")
+    c = tokenizer.config
+    K, scenario = c.queries, train.scenarios(c.scenario)[0]
+    frames, position, radius = still_frames(8 * config.clips, scenario, "iid", c.size)
+    latent = in_chunks(tokenizer.latent, frames)                                # (B, C, h, w)
+    codes = in_chunks(tokenizer.encode, frames)                                 # (B, K)
+    tokens = tokenizer.quantizer.codebook.cpu()[tokenizer.ordered(codes)]       # (B, K, dim)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
 
-    def measured(x: Tensor, t: float, k: int) -> tuple[dict[str, float], Tensor]:
-        def paint(x, tokens):
-            clean = ddt.decoder(x, x.new_full((len(x),), t), tokens, torch.full((len(x),), k, device=DEVICE))
-            return (ddt.vae.decode(clean) / 2 + 0.5).clamp(0, 1)
-        with torch.no_grad():
-            painted = in_chunks(paint, x, tokens)
-        return ball_errors(painted, position, radius), painted[:6]
+    @torch.no_grad()
+    def reconstruct(x: Tensor, t: float, k: int) -> Tensor:
+        """Noisy latents x at time t, the first k tokens -> frames (B, 3, H, W)."""
+        def decode(x, tokens):
+            visible = torch.full((len(x),), k, device=DEVICE)
+            clean = tokenizer.decoder(x, x.new_full((len(x),), t), tokens, visible)
+            return (tokenizer.vae.decode(clean) / 2 + 0.5).clamp(0, 1)
+        return in_chunks(decode, x, tokens)
 
-    rows, pictures = [], [("truth", frames[:6])]
+    shown = 8
+    rows, strip = [], {"truth": frames[:shown]}
     for k in range(1, K + 1):
-        t = ddt.times(torch.tensor([k / K]))[0].item()
+        t = tokenizer.times(torch.tensor([k / K]))[0].item()
         noisy = t * noise + (1 - t) * latent
-        pure, painted = measured(noise, 1.0, k)
-        pictures.append((f"first {k}", painted))
-        rows.append({"k": k, "t": t, "noise": pure, "own time": measured(noisy, t, k)[0],
-                     "no tokens": measured(noisy, t, 0)[0]})
-    (folder / "prefix.json").write_text(json.dumps(rows, indent=1) + "\n")
-    sim.save_strip(folder / "prefix.png", [x for _, x in pictures], [label for label, _ in pictures], every=1)
-    chart(folder / "prefix_error.png", "tokens shown", "median centre error, units",
-          {name: [(r["k"], r[name]["center"]) for r in rows] for name in ("noise", "own time", "no tokens")})
-    kinds = {"noise": "pure noise, first k tokens", "own time": "noise of t(k), k tokens", "no tokens": "... no token (not trained)"}
-    lines = [" " * 14 + "".join(f"{text:>27s}" for text in kinds.values()),
-             f"{'k':>5s}{'t(k)':>9s}" + f"{'centre':>9s}{'radius':>9s}{'missing':>9s}" * 3]
-    return "\n".join(lines + [f"{r['k']:5d}{r['t']:9.3f}" + "".join(
-        f"{r[kind]['center']:9.3f}{r[kind]['radius']:9.3f}{r[kind]['missing']:9.1%}" for kind in kinds) for r in rows])
+        painted = {"noise": reconstruct(noise, 1.0, k), "own time": reconstruct(noisy, t, k),
+                   "no tokens": reconstruct(noisy, t, 0)}
+        strip[f"first {k}" if k < K else f"all {K}"] = painted["noise"][:shown]
+        measured = {name: ball_errors(x, position, radius) for name, x in painted.items()}
+        rows.append({"k": k, "t": t} | measured)
+
+    write_json(folder / "prefix.json", rows)
+    title = f"{scenario}, iid: reconstruction from pure noise and the first k tokens of a frame"
+    videos = {name: x[None] for name, x in strip.items()}                     # (1, n, 3, H, W)
+    pictures.save_strip(folder / "prefix.png", videos, [title], columns=[""] * len(strip["truth"]))
+    names = {"noise": "pure noise, first k tokens", "own time": "noise of t(k), first k tokens",
+             "no tokens": "noise of t(k), no token"}
+    curves = {}
+    for kind, name in names.items():
+        curves[name] = [(row["k"], row[kind]["center"]) for row in rows]
+    if any(math.isfinite(y) for points in curves.values() for _, y in points):
+        chart(folder / "prefix_error.png", "tokens given to the decoder, k",
+              "median centre error, units", curves)
+    lines = [" " * 14 + "".join(f"{name:>31s}" for name in names.values()),
+             f"{'k':>5s}{'t(k)':>9s}" + f"{'centre':>13s}{'radius':>9s}{'missing':>9s}" * 3]
+    for row in rows:
+        line = f"{row['k']:5d}{row['t']:9.3f}"
+        for kind in names:
+            error = row[kind]
+            line += f"{error['center']:13.3f}{error['radius']:9.3f}{error['missing']:9.1%}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def embedders(config: Config, models: dict[str, DDT | VQGAN]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Name -> (frames (B, 3, H, W), positions (B, N, 2)) -> embeddings (B, L, D), L vectors to be compared one by one."""
+# frames (B, 3, H, W) and positions (B, N, 2) -> embeddings (B, L, D)
+Embedder = Callable[[Tensor, Tensor], Tensor]
+
+
+def embedders(config: Config, models: dict[str, DDT | VQGAN]) -> dict[str, Embedder]:
+    """The tokenizers' code vectors and, with --llm, a text model's embedding of the coordinates."""
     def of_tokens(model):
-        return lambda frames, position: model.quantizer.codebook.cpu()[in_chunks(model.encode, frames)]
+        codebook = model.quantizer.codebook.cpu()
+        return lambda frames, position: codebook[in_chunks(model.encode, frames)]
+
     found = {name: of_tokens(model) for name, model in models.items()}
     if config.llm:
         try:
-            table, text = Llama.load(config.llm).model["embed_tokens"].weight, Tokenizer.load(config.llm)
+            table = Llama.load(config.llm).model["embed_tokens"].weight
+            text = Tokenizer.load(config.llm)
         except ValueError as error:
-            raise train.Problem(f"--llm {config.llm}: {error}") from None
+            raise UserError(f"--llm {config.llm}: {error}") from None
 
-        def coordinates(frames, position):
-            ids = [text.encode(" ".join(f"{x:.2f}" for x in row), bos=False) for row in position.flatten(1).tolist()]
-            return torch.stack([table[torch.tensor(i)].float().mean(0, keepdim=True) for i in ids])     # (B, 1, D)
-        found["text"] = coordinates
+        def of_text(frames, position):
+            means = []
+            for numbers in position.flatten(1).tolist():
+                words = " ".join(f"{x:.2f}" for x in numbers)
+                ids = torch.tensor(text.encode(words, bos=False))
+                means.append(table[ids].float().mean(0, keepdim=True))
+            return torch.stack(means)                       # (B, 1, D)
+        found["text"] = of_text
     return found
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Embeddings (B, L, D) twice -> mean cosine (B,)."""
+    """Embeddings (B, L, D) each -> mean cosine (B,) of the L pairs of vectors."""
     return torch.cosine_similarity(a, b, dim=-1).mean(-1)
 
 
 def figure5(config: Config, folder: Path) -> str:
-    """Balls are moved to the right: how alike are the tokens of before and after?"""
-    models = both(config)
-    ddt = models["DDT"].config
+    """Balls are moved to the right: how similar are the tokens before and after?"""
+    models = load_tokenizers(config)
+    size = models["DDT"].config.size
     shifts = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0]
-    x, y, r = torch.rand(3, 4 * config.clips, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    start, radius = torch.stack([1.5 + x, 2 + 6 * y], -1), 0.8 + 0.6 * r          # (B, 1, 2), (B, 1)
-    moved = [start + torch.tensor([shift, 0.0]) for shift in shifts]
-    curves = {}
+    generator = torch.Generator().manual_seed(0)
+    x, y, r = torch.rand(3, 4 * config.clips, 1, generator=generator, dtype=torch.float64)
+    start, radius = torch.stack([1.5 + x, 2 + 6 * y], -1), 0.8 + 0.6 * r        # (B, 1, 2), (B, 1)
+    curves: dict[str, Points] = {}
     for name, embed in embedders(config, models).items():
-        embedded = [embed(sim.render(p[:, None], radius, ddt.size)[:, 0], p) for p in moved]
-        curves[name] = [(shift, similarity(embedded[0], e).mean().item()) for shift, e in zip(shifts, embedded)]
-    (folder / "figure5.json").write_text(json.dumps(curves, indent=1) + "\n")
-    chart(folder / "figure5.png", "ball moved by, units", "similarity of the embeddings", curves)
-    return columns("moved by", curves)
+        embedded = []
+        for shift in shifts:
+            position = start + torch.tensor([shift, 0.0])
+            frames = sim.render(position[:, None], radius, size)[:, 0]
+            embedded.append(embed(frames, position))
+        curves[name] = [(shift, similarity(embedded[0], moved).mean().item())
+                        for shift, moved in zip(shifts, embedded)]
+    write_json(folder / "figure5.json", curves)
+    chart(folder / "figure5.png", "shift of the ball, units", "cosine similarity of the embeddings",
+          curves)
+    return as_table("shift", curves)
 
 
 def figure6(config: Config, folder: Path) -> str:
-    """Frames of one clip, g apart: how alike are their tokens?"""
-    models = both(config)
-    ddt = models["DDT"].config
-    clips = sim.sample(train.scenarios(ddt.scenario)[0], "iid", config.clips, reward.EVAL_SEED)
-    frames, inside = sim.render(clips.position, clips.radius, ddt.size), clips.inside.all(-1)       # (B, F)
-    curves = {}
+    """Frames of one clip, some frames apart: how similar are their tokens?"""
+    models = load_tokenizers(config)
+    c = models["DDT"].config
+    clips = sim.sample(train.scenarios(c.scenario)[0], "iid", config.clips, EVAL_SEED)
+    frames = sim.render(clips.position, clips.radius, c.size)                   # (B, F, 3, H, W)
+    inside = clips.inside.all(-1)                                               # (B, F)
+    curves: dict[str, Points] = {}
     for name, embed in embedders(config, models).items():
-        e = embed(frames.flatten(0, 1), clips.position.flatten(0, 1)).unflatten(0, inside.shape)      # (B, F, L, D)
+        e = embed(frames.flatten(0, 1), clips.position.flatten(0, 1))           # (B F, L, D)
+        e = e.unflatten(0, inside.shape)                                        # (B, F, L, D)
         curves[name] = []
         for gap in range(1, 11):
-            pairs = inside[:, :-gap] & inside[:, gap:]                                                # (B, F - gap)
-            curves[name].append((gap, similarity(e[:, :-gap][pairs], e[:, gap:][pairs]).mean().item()))
-    (folder / "figure6.json").write_text(json.dumps(curves, indent=1) + "\n")
-    chart(folder / "figure6.png", "frames apart", "similarity of the embeddings", curves)
-    return columns("frames apart", curves)
+            pairs = inside[:, :-gap] & inside[:, gap:]                          # (B, F - gap)
+            alike = similarity(e[:, :-gap][pairs], e[:, gap:][pairs])
+            curves[name].append((gap, alike.mean().item()))
+    write_json(folder / "figure6.json", curves)
+    chart(folder / "figure6.png", "distance in time, frames", "cosine similarity of the embeddings",
+          curves)
+    return as_table("frames apart", curves)
 
 
 def figure7(config: Config, folder: Path) -> str:
-    """Counterfactual interpolation: the first m tokens of one frame, the rest of another."""
-    models, rows, labels = both(config), [], []
-    ddt = models["DDT"].config
-    names = train.scenarios(ddt.scenario)
-    frames, _, _ = still(4, names[0], "iid", ddt.size, seed=5)
+    """Counterfactual interpolation: the first m tokens are another frame's."""
+    models = load_tokenizers(config)
+    c = models["DDT"].config
+    scenario = train.scenarios(c.scenario)[0]
+    frames, _, _ = still_frames(4, scenario, "iid", c.size, seed=5)
     parts = min(8, *(model.config.queries for model in models.values()))
+    rows: dict[str, list[Tensor]] = {name: [] for name in models}
     for a, b in ((0, 1), (2, 3)):
         for name, model in models.items():
             codes, K = in_chunks(model.encode, frames), model.config.queries
-            shares = [K * i // parts for i in range(parts + 1)]
-            mixed = torch.stack([torch.cat([codes[b, :m], codes[a, m:]]) for m in shares])
+            replaced = [K * i // parts for i in range(parts + 1)]
+            mixed = torch.stack([torch.cat([codes[b, :m], codes[a, m:]]) for m in replaced])
             painted = in_chunks(lambda c: model.decode(c, generator=seeded()), mixed)
-            rows.append(torch.cat([frames[a:a + 1], painted, frames[b:b + 1]]))
-            labels.append(name)
-    sim.save_strip(folder / "figure7.png", rows, labels, every=1, pixels=64)
-    return (f"left: a frame; then its reconstruction, with 0, 1, ... {parts} of {parts} parts of its tokens replaced by those of "
-            "the frame on the right")
+            rows[name].append(torch.cat([frames[a:a + 1], painted, frames[b:b + 1]]))
+    columns = ["frame A", *(f"{i}/{parts}" for i in range(parts + 1)), "frame B"]
+    names = [f"{scenario}, pair {i}: A's first tokens replaced by B's" for i in (1, 2)]
+    videos = {name: torch.stack(strips) for name, strips in rows.items()}
+    pictures.save_strip(folder / "figure7.png", videos, names, columns=columns)
+    return (f"from frame A to frame B: reconstructions of A with the first 0/{parts} to "
+            f"{parts}/{parts} of its tokens replaced by B's")
 
 
-def columns(head: str, curves: dict[str, list[tuple[float, float]]]) -> str:
-    lines = [f"{head:>14s}" + "".join(f"{name:>10s}" for name in curves)]
-    return "\n".join(lines + [f"{points[0][0]:14.2f}" + "".join(f"{y:10.3f}" for _, y in points)
-                              for points in zip(*curves.values())])
+def as_table(title: str, curves: dict[str, Points]) -> str:
+    """Curves over the same x as text."""
+    lines = [f"{title:>14s}" + "".join(f"{name:>10s}" for name in curves)]
+    for points in zip(*curves.values()):
+        line = f"{points[0][0]:14.2f}"
+        lines.append(line + "".join(f"{y:10.3f}" for _, y in points))
+    return "\n".join(lines)
 
 
-COLORS = ((200, 40, 40), (40, 80, 200), (30, 140, 60), (150, 90, 20), (120, 60, 160), (0, 0, 0))
+# ------------------------------------------------------------------ the command
 
-
-def chart(path: Path, x_label: str, y_label: str, curves: dict[str, list[tuple[float, float]]], width=720, height=400) -> None:
-    """Curves {name: [(x, y), ...]} as a PNG. The axis of y begins at 0, or at the least y if all are far above 0."""
-    x = [x for points in curves.values() for x, _ in points]
-    x_min, x_max = min(x), max(x)
-    y = [y for points in curves.values() for _, y in points if math.isfinite(y)]
-    y_min, y_max = min(y, default=0.0), max(y, default=0.0)
-    y_min = 0.0 if 0 <= y_min < y_max / 2 else y_min
-    y_max += 0.05 * (y_max - y_min or abs(y_max) or 1.0)                        # a curve that is flat has room, too
-    left, right, top, bottom = 60, width - 160, 30, height - 45
-    place = lambda x, y: (left + (right - left) * (x - x_min) / (x_max - x_min or 1),
-                          bottom - (bottom - top) * (y - y_min) / (y_max - y_min))
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill="black")
-    for i in range(6):
-        x, y = x_min + (x_max - x_min) * i / 5, y_min + (y_max - y_min) * i / 5
-        draw.text((place(x, 0)[0] - 12, bottom + 6), f"{x:.3g}", fill="black")
-        draw.text((8, place(0, y)[1] - 6), f"{y:.3g}", fill="black")
-        draw.line([(left, place(0, y)[1]), (right, place(0, y)[1])], fill=(225, 225, 225))
-    draw.text((left + (right - left) / 2 - 3 * len(x_label), height - 20), x_label, fill="black")
-    draw.text((8, 8), y_label, fill="black")
-    for i, (name, points) in enumerate(curves.items()):
-        color = COLORS[i % len(COLORS)]
-        draw.line([place(x, y) for x, y in points if math.isfinite(y)], fill=color, width=2)      # NaN: no ball found
-        draw.text((right + 15, top + 14 * i), name, fill=color)
-    picture.save(path)
+COMMANDS = {
+    "table 1": table1, "table 2": table2, "table 4": table4, "table order": order,
+    "table ablation": ablation, "table rl": rl, "figure 3": figure3, "figure 4": figure4,
+    "figure 5": figure5, "figure 6": figure6, "figure 7": figure7, "figure 8": figure8,
+    "figure prefix": prefix,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
-    what = {"table 1": table1, "table 2": table2, "table 4": table4, "table order": order, "table ablation": ablation,
-            "table rl": rl, "figure 3": figure3, "figure 4": figure4, "figure 5": figure5, "figure 6": figure6, "figure 7": figure7,
-            "figure 8": figure8, "figure prefix": prefix}
     asked = f"figure {config.figure}" if config.figure else f"table {config.table}"
-    train.need(asked in what, f"there is no {asked}: choose one of {', '.join('--' + name for name in what)}")
-    train.need(train.start(0).size == 1, "figures.py runs in one process: leave torchrun out")
-    folder = train.writable(Path(config.out, "figures"))
-    print(what[asked](config, folder))
+    choices = ", ".join("--" + name for name in COMMANDS)
+    check(asked in COMMANDS, f"there is no {asked}: choose one of {choices}")
+    check(train.start(0).size == 1, "experiments.figures runs in one process: leave torchrun out")
+    folder = checkpoint.writable(Path(config.out, "figures"))
+    print(COMMANDS[asked](config, folder))
     print(f"\n{folder}/")
 
 

@@ -3,11 +3,11 @@ VQGAN, what the paper compares its tokenizer with: spatial tokens for the same l
 
     frame -> convolutions -> 4 x 4 grid of vectors -> nearest of 256 codes -> convolutions -> frame
 
-A token encodes what is in its cell of the picture, not what a step of a diffusion has destroyed. The
-tokens of a frame go to the language model row by row.
+A token encodes what is in its cell of the picture, not what a step of a diffusion has destroyed.
+The tokens of a frame go to the language model row by row.
 
-Source: Esser et al. 2021, https://arxiv.org/abs/2012.09841. The convolutions are those of vae.py, the
-quantizer is that of ddt.py.
+Source: Esser et al. 2021, https://arxiv.org/abs/2012.09841. The convolutions are those of vae.py,
+the quantizer is that of ddt.py.
 
 Choices where the paper is silent (measured: docs/RESULTS.md)
 1. The loss is squared error + commitment. VQGAN's perceptual loss needs a network trained on
@@ -15,8 +15,8 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 2. Quantization starts after a tenth of the training: a convolution depends on the picture at once.
 3. One linear layer serves all cells: a ball looks the same in every one.
 
-    python -m experiments.vqgan                             # trains <out>/vqgan, for experiments.figures
-    python sft.py --tokenizer vqgan --out runs/tiny-vqgan   # ... and the same language model on its tokens
+    python -m experiments.vqgan                        # trains <out>/vqgan, for experiments.figures
+    python sft.py --tokenizer vqgan --out runs/tiny-vqgan   # and the language model on its tokens
 
 Axes: B batch, C channels, H W pixels, K = cells of the grid, D width, V codes.
 """
@@ -143,9 +143,7 @@ class VQGAN(nn.Module):
 
 def train_vqgan(config: Config, world: train.World) -> VQGAN:
     """Trains the tokenizer on single frames and saves it in <out>/vqgan."""
-    folder = checkpoint.writable(Path(config.out, "vqgan"))
-    if config.fresh:
-        checkpoint.delete_model(folder)
+    folder = checkpoint.start_stage(Path(config.out, "vqgan"), config, world)
     torch.manual_seed(config.seed)
     vqgan = VQGAN(config).to(world.device)
     B, data, quantizer = config.batch, Frames(config, world.device), vqgan.quantizer
@@ -185,13 +183,10 @@ def train_vqgan(config: Config, world: train.World) -> VQGAN:
     return vqgan.eval().requires_grad_(False)
 
 
-def report(config, vqgan: VQGAN, world: train.World) -> None:
+def report(config, vqgan: VQGAN, world: train.World) -> Path:
     """The tokenizer's row of the result table; what is there already is not done again."""
-    if world.is_main:
-        evaluate.add_row(Path(config.out, "results.json"), "VQGAN", reconstruction(vqgan),
-                         train.scenarios(config.scenario), evaluate.SPLITS, vqgan.config.eval_clips,
-                         size=vqgan.config.size, shown=sim.FRAMES, device=world.device)
-    world.barrier()
+    return evaluate.add_rows(config, {"VQGAN": reconstruction(vqgan)}, vqgan.config.size, world,
+                             n=vqgan.config.eval_clips, shown=sim.FRAMES)
 
 
 def ensure(config, world: train.World) -> VQGAN:
@@ -199,23 +194,22 @@ def ensure(config, world: train.World) -> VQGAN:
     folder = Path(config.out, "vqgan")
     if not (folder / ddt.MODEL).exists():
         world.print0(f"{folder} is missing: training it first.")
-        run(train.stage_config("vqgan", Config, PRESETS, config), world)
+        run_stage(train.stage_config("vqgan", Config, PRESETS, config), world)
     vqgan = VQGAN.load(folder).to(world.device)
     ddt.check_scenario(config, vqgan, folder)
     report(config, vqgan, world)
     return vqgan
 
 
-def run(config: Config, world: train.World) -> None:
+def run_stage(config: Config, world: train.World) -> None:
     """Loads the VQGAN that `config` describes, or trains it; then its row of the table."""
     folder = Path(config.out, "vqgan")
     if checkpoint.is_trained(folder, ddt.MODEL, config, world):
         vqgan = VQGAN.load(folder).to(world.device)
     else:
         vqgan = train_vqgan(config, world)
-    report(config, vqgan, world)
+    world.print0(evaluate.table(report(config, vqgan, world)))
     if world.is_main:
-        print(evaluate.table(Path(config.out, "results.json")))
         for name in train.scenarios(config.scenario):
             median, used = ddt.center_error(vqgan, name, world.device)
             print(f"\n{name}: median centre error {median:.4f} world units, {used} codes in use")
@@ -228,9 +222,9 @@ def main(argv: list[str] | None = None) -> None:
     shrink = 2 ** (c.levels - 1)
     check(c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
     check(c.width % 8 == 0, f"--width {c.width}: must be a multiple of 8 (its norms have 8 groups)")
-    check(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, by which --levels "
-          f"{c.levels} shrink it")
-    run(config, train.start(c.seed, c.out))
+    check(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, by which "
+          f"--levels {c.levels} shrink it")
+    run_stage(config, train.start(c.seed, c.out))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageSequence
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pictures
 import sim
 from experiments import plot
 
