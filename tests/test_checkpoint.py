@@ -342,24 +342,29 @@ def test_delete_model(stopped):
     assert {path.name for path in stopped.iterdir()} == {"log.jsonl", "note"}
 
 
-def test_provenance(stopped, tmp_path):
-    """A stage knows the weights that it started from, until it is deleted."""
-    source = tmp_path / "source" / "model.safetensors"
-    note = stopped / "provenance.json"
+def test_a_stage_knows_what_it_started_from(stopped, tmp_path):
+    """Another tokenizer is refused, until the stage is trained again with --fresh."""
+    source, note = tmp_path / "source" / "model.safetensors", stopped / "provenance.json"
     source.parent.mkdir()
+
+    def start(**flags):
+        return checkpoint.start_stage(stopped, Config(**flags), ALONE, source=source)
+
+    def check():
+        return checkpoint.check_provenance(stopped, source=source)
     checkpoint.write_safetensors(source, {"x": torch.ones(9)}, {})
-    checkpoint.write_provenance(stopped, ALONE, source=source)
+    assert start() == stopped
     before = note.read_text()
-    checkpoint.write_provenance(stopped, ALONE, source=source)      # the same again is no problem
+    assert json.loads(before) == check() == {"source": checkpoint.checksum(source)}
+    start()                                                 # the same again is no problem
     checkpoint.write_safetensors(source, {"x": torch.zeros(9)}, {})
-    for function in (lambda: checkpoint.write_provenance(stopped, ALONE, source=source),
-                     lambda: checkpoint.check_provenance(stopped, source=source)):
+    for function in (start, check):
         with pytest.raises(UserError) as error:
             function()
         words = (str(stopped), str(source.parent), "--fresh", "--out")
         assert all(word in str(error.value) for word in words)
-    assert note.read_text() == before
-    checkpoint.delete_model(stopped)
-    checkpoint.write_provenance(stopped, ALONE, source=source)      # nothing is there to contradict
+    assert note.read_text() == before and checkpoints(stopped)
+    start(fresh=True)                                       # nothing is left to contradict it
     assert note.read_text() != before
     assert {path.name for path in stopped.iterdir()} == {"log.jsonl", "provenance.json"}
+    assert checkpoint.start_stage(tmp_path / "new" / "stage", Config(), ALONE).is_dir()

@@ -1,11 +1,12 @@
 """
-GRPO: advantages within groups, the loss against its formula and its gradient, the rollout's bookkeeping.
+GRPO: advantages in groups, the loss against its formula and its gradient, rollouts.
 
     pytest tests/test_grpo.py
 """
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import grpo
 import reward
 import sft
 import sim
-from grpo import advantages, code_logits, grpo_loss, kl_divergence
+from grpo import advantages, frozen_logits, grpo_loss, kl_divergence
 from lm import Llama, LlamaConfig, draw, logprobs, truncate
 from vae import VAE
 
@@ -29,7 +30,7 @@ def seeded(seed=0):
 
 
 def example(seed=0, top_k=8, top_p=0.9):
-    """Logits that want a gradient, the reference's, codes drawn from the policy, support, advantages."""
+    """Logits that need a gradient, the reference's, codes from the policy, support, advantages."""
     g = seeded(seed)
     logits = (2 * torch.randn(R, T, V, generator=g)).requires_grad_()
     logits_ref = logits.detach() + torch.randn(R, T, V, generator=g)
@@ -105,7 +106,8 @@ def test_loss_and_gradient_at_ratio_one(beta, seed):
     plain = -A[:, None] * logprobs(logits, codes, support)
     log_pi, log_ref = logits.log_softmax(-1), logits_ref.log_softmax(-1)
     plain = plain + beta * (log_pi.exp() * (log_pi - log_ref)).sum(-1)
-    gradient, expected = (torch.autograd.grad(x.sum(), logits)[0] for x in (result["loss"], plain.mean(1)))
+    gradient = torch.autograd.grad(result["loss"].sum(), logits)[0]
+    expected = torch.autograd.grad(plain.mean(1).sum(), logits)[0]
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     assert gradient.abs().sum() > 0.1
 
@@ -177,12 +179,13 @@ def test_kl_is_the_sum_over_all_codes():
     result, by_hand = measured(logits, logits_ref, codes, support), kl_by_hand(logits, logits_ref)
     torch.testing.assert_close(result["kl"].double(), by_hand.mean(1), rtol=1e-4, atol=1e-6)
     assert by_hand.min() > 1e-3
-    apart = kl_divergence(logits.log_softmax(-1), logits_ref.log_softmax(-1))               # (R, T)
+    apart = kl_divergence(logits, logits_ref)                                               # (R, T)
     torch.testing.assert_close(apart.double(), by_hand, rtol=1e-4, atol=1e-6)
     p = logits.detach().double().softmax(-1)
     entropy = -(p * p.log()).sum(-1).mean(1)
     torch.testing.assert_close(result["entropy"].double(), entropy, rtol=1e-4, atol=1e-6)
-    same = measured(logits, logits.detach() + 3.0, codes, support)       # a softmax does not see the shift
+    shifted = logits.detach() + 3.0                         # the same for a softmax
+    same = measured(logits, shifted, codes, support)
     assert same["kl"].abs().max() < 1e-6
     assert torch.autograd.grad(same["loss"].sum(), logits)[0].abs().max() < 1e-6
 
@@ -231,7 +234,7 @@ def test_a_step_favours_what_was_better():
 
     def logp():
         return logprobs(grpo.CodeLogits(model)(ids, T), codes, EVERYTHING)                  # (R, T)
-    before, reference = logp().detach(), code_logits(model, ids, T, R).detach()
+    before, reference = logp().detach(), frozen_logits(model, ids, T, R).detach()
     logits = grpo.CodeLogits(model)(ids, T)
     result = grpo_loss(logits, reference, codes, EVERYTHING, before, A, 0.2, 0.02)
     result["loss"].sum().backward()
@@ -250,7 +253,7 @@ def test_code_logits_are_those_before_each_code():
     for i in range(4):
         torch.testing.assert_close(logits[:, i], model.logits(model(ids[:, :5 + i]))[:, -1, 1:])
     for micro_batch in (1, 2, 3, 9):
-        torch.testing.assert_close(code_logits(model, ids, 4, micro_batch), logits)
+        torch.testing.assert_close(frozen_logits(model, ids, 4, micro_batch), logits)
 
 
 @pytest.fixture(scope="module")
@@ -269,13 +272,24 @@ def rollout():
     frames = sim.render(clips.position, clips.radius, 16).flatten(0, 1)
     with torch.no_grad():                                                # other frames, other codes
         tokenizer.quantizer.fill(tokenizer.vectors(tokenizer.latent(frames)).flatten(0, 1))
-    r = grpo.rollout(policy, reference, tokenizer, clips, config, [seeded(i) for i in range(3)])
-    return policy, reference, tokenizer, clips, config, r
+    generators = [seeded(i) for i in range(3)]
+    r, scores = grpo.rollout(policy, reference, tokenizer, clips, config, generators)
+    return SimpleNamespace(policy=policy, reference=reference, tokenizer=tokenizer, clips=clips,
+                           config=config, r=r, scores=scores)
+
+
+def sample(rollout, clips=None, generators=None, **change):
+    """The rollout again, with something changed -> rollouts, scores."""
+    x = rollout
+    clips = x.clips if clips is None else clips
+    generators = generators or [seeded(i) for i in range(3)]
+    config = dataclasses.replace(x.config, **change)
+    return grpo.rollout(x.policy, x.reference, x.tokenizer, clips, config, generators)
 
 
 def test_ratio_is_one_before_the_first_update(rollout):
-    policy, _, _, _, config, r = rollout
-    logits = code_logits(policy, r.ids, r.codes.shape[1], len(r.ids))
+    config, r = rollout.config, rollout.r
+    logits = frozen_logits(rollout.policy, r.ids, r.codes.shape[1], len(r.ids))
     assert torch.equal(logprobs(logits, r.codes, r.support), r.logp_old)
     result = grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage,
                        config.clip_eps, config.beta)
@@ -289,60 +303,57 @@ def test_ratio_is_one_before_the_first_update(rollout):
 
 
 def test_rollouts_stand_beside_their_condition(rollout):
-    policy, reference, tokenizer, clips, _, r = rollout
+    r, policy, clips = rollout.r, rollout.policy, rollout.clips
     T = (sim.FRAMES - sim.CONDITION) * 2
     assert r.ids.shape == (12, 1 + 2 * sim.FRAMES)
     assert r.codes.shape == (12, T) and r.support.shape == (12, T, 256)
     for i, (ids, codes) in enumerate(zip(r.ids, r.codes)):
         clip = clips[i // 4:i // 4 + 1]
         frames = sim.render(clip.position, clip.radius, 16)[0]
-        given = sft.sequence(policy, tokenizer.encode(frames[:sim.CONDITION])[None])[0]
-        assert torch.equal(ids, torch.cat([given, policy.first_code + codes]))
+        given = rollout.tokenizer.encode(frames[:sim.CONDITION])[None]
+        prompt = sft.sequence(policy, given)[0]
+        assert torch.equal(ids, torch.cat([prompt, policy.first_code + codes]))
     assert len(r.codes.unique(dim=0)) == 12 and len(r.ids[:, :-T].unique(dim=0)) == 3
-    torch.testing.assert_close(r.logits_ref, code_logits(reference, r.ids, T, 12))
+    torch.testing.assert_close(r.logits_ref, frozen_logits(rollout.reference, r.ids, T, 12))
     assert not r.logp_old.requires_grad and not r.logits_ref.requires_grad
-    assert r.scores["reward"].shape == (3, 4)
+    assert {name: x.shape for name, x in rollout.scores.items()} == {
+        name: (3, 4) for name in ("reward", "velocity", "mass")}
     assert r.advantage.shape == (12, T)
     assert torch.equal(r.advantage[:, ::2], r.advantage[:, 1::2])           # two tokens per frame
 
 
 def test_micro_batches_of_a_rollout(rollout):
-    r = rollout[-1]
-    parts = r.split(5)
+    parts = rollout.r.split(5)
     assert [len(part.ids) for part in parts] == [3, 3, 2, 2, 2]
-    for name in ("ids", "codes", "support", "logp_old", "logits_ref", "advantage"):
-        whole = torch.cat([getattr(part, name) for part in parts])
-        assert torch.equal(whole, getattr(r, name))
+    for name, x in vars(rollout.r).items():
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), x)
 
 
-def test_a_token_is_judged_by_the_frames_from_its_own_on(rollout):
-    policy, reference, tokenizer, clips, config, r = rollout
-    codes = r.codes.view(12, -1, 2)
-    decoded = torch.cat([sft.decode(tokenizer, c, seeded(9)) for c in codes.split(4)])
+@pytest.mark.parametrize("whole_clip", [False, True])
+def test_a_token_is_judged_by_the_frames_from_its_own_on(rollout, monkeypatch, whole_clip):
+    clips, codes = rollout.clips, rollout.r.codes.view(12, -1, 2)
+    decoded = [sft.decode(rollout.tokenizer, group, seeded(9)) for group in codes.split(4)]
+    turns = iter(decoded)
+    monkeypatch.setattr(sft, "decode", lambda *_: next(turns))
+    r, _ = sample(rollout, whole_clip=whole_clip)
+    assert torch.equal(r.codes, rollout.r.codes)
+
     given = sim.render(clips.position[:, :sim.CONDITION], clips.radius, 16).repeat_interleave(4, 0)
-    clip = torch.arange(3).repeat_interleave(4)
-    for whole_clip in (False, True):
-        again = dataclasses.replace(config, whole_clip=whole_clip)
-        monkey = iter(decoded.split(4))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sft, "decode", lambda *_: next(monkey))
-            generators = [seeded(i) for i in range(3)]
-            result = grpo.rollout(policy, reference, tokenizer, clips, again, generators)
-        assert torch.equal(result.codes, r.codes)
-        scores = reward.reward(torch.cat([given, decoded], 1), clips[clip], 8)
-        if whole_clip:
-            expected = advantages(scores["reward"].view(3, 4)).flatten()[:, None].expand(12, 29)
-        else:
-            expected = advantages(scores["ahead"].view(3, 4, 32))[:, :, sim.CONDITION:]
-            expected = expected.flatten(0, 1)                               # (12, 29)
-        assert torch.equal(result.advantage, expected.repeat_interleave(2, 1))
-        assert expected.abs().max() > 0.1
+    frames = torch.cat([given, torch.cat(decoded)], 1)
+    scores = reward.reward(frames, clips[torch.arange(3).repeat_interleave(4)], 8)
+    if whole_clip:
+        expected = advantages(scores["reward"].view(3, 4)).flatten()[:, None].expand(12, 29)
+    else:
+        expected = advantages(scores["ahead"].view(3, 4, 32))[:, :, sim.CONDITION:].flatten(0, 1)
+    assert torch.equal(r.advantage, expected.repeat_interleave(2, 1))
+    assert expected.abs().max() > 0.1
 
 
 def test_the_kl_on_true_clips_holds_the_policy_at_the_reference(rollout):
     """It is zero at the reference, and a step from elsewhere goes back to it."""
-    _, reference, tokenizer, _, _, _ = rollout
-    clips = grpo.true_clips(reference, tokenizer, sim.sample("uniform", "pretrain", 5))
+    reference = rollout.reference
+    drawn = sim.sample("uniform", "pretrain", 5)
+    clips = grpo.true_clips(reference, rollout.tokenizer, drawn)
     assert clips.ids.shape == (5, 65) and clips.logits_ref.shape == (5, 58, 256)
     halves = clips.split(2)
     assert [len(part.ids) for part in halves] == [3, 2]
@@ -350,8 +361,7 @@ def test_the_kl_on_true_clips_holds_the_policy_at_the_reference(rollout):
     assert torch.equal(torch.cat([part.logits_ref for part in halves]), clips.logits_ref)
 
     def kl(policy):
-        logits = grpo.CodeLogits(policy)(clips.ids, 58)
-        return kl_divergence(logits.log_softmax(-1), clips.logits_ref.log_softmax(-1)).mean()
+        return kl_divergence(grpo.CodeLogits(policy)(clips.ids, 58), clips.logits_ref).mean()
     assert kl(reference).abs() < 1e-6
     policy = copy.deepcopy(reference)
     with torch.no_grad():
@@ -367,21 +377,20 @@ def test_the_kl_on_true_clips_holds_the_policy_at_the_reference(rollout):
 
 def test_a_rollout_does_not_depend_on_the_others_of_its_batch(rollout):
     """Thus ranks may share the prompts in any way."""
-    policy, reference, tokenizer, clips, config, r = rollout
-    alone = grpo.rollout(policy, reference, tokenizer, clips[1:2], config, [seeded(1)])
-    assert torch.equal(alone.ids, r.ids[4:8]) and torch.equal(alone.support, r.support[4:8])
-    torch.testing.assert_close(alone.scores["reward"][0], r.scores["reward"][1])
+    alone, scores = sample(rollout, rollout.clips[1:2], [seeded(1)])
+    assert torch.equal(alone.ids, rollout.r.ids[4:8])
+    assert torch.equal(alone.support, rollout.r.support[4:8])
+    torch.testing.assert_close(scores["reward"][0], rollout.scores["reward"][1])
 
 
 def test_rollouts_are_scored_against_their_own_clip(rollout, monkeypatch):
     """Were every continuation the true one, all of a group would score what the truth scores."""
-    policy, reference, tokenizer, clips, config, _ = rollout
+    clips = rollout.clips
     truth = sim.render(clips.position, clips.radius, 16)
     turns = iter(truth[:, sim.CONDITION:])
     monkeypatch.setattr(sft, "decode", lambda *_: next(turns).expand(4, -1, -1, -1, -1))
-    generators = [seeded(i) for i in range(3)]
-    scores = grpo.rollout(policy, reference, tokenizer, clips, config, generators).scores
+    _, scores = sample(rollout)
     for name, expected in reward.reward(truth, clips).items():
         torch.testing.assert_close(scores[name], expected[:, None].expand(3, 4))
     scrambled = reward.reward(truth.roll(1, 0), clips)["reward"]
-    assert (scrambled < scores["reward"][:, 0] - 0.1).all()              # another clip's would score less
+    assert (scrambled < scores["reward"][:, 0] - 0.1).all()     # another clip's would score less

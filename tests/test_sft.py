@@ -154,7 +154,7 @@ def tokenizer(monkeypatch):
 def test_training_codes_are_those_of_the_clips(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(sim, "SCENES", 128)
     config = sft.Config(scenario="all", clips=150, seed=3)
-    codes = sft.training_codes(config, tokenizer, tmp_path, ALONE)
+    codes = sft.training_codes(config, tokenizer, tmp_path / "codes.npy", ALONE)
     clips = [sim.sample(name, "pretrain", 150, 3) for name in sim.SCENARIOS]
     expected = torch.cat([sft.tokenize(tokenizer, c) for c in clips]).numpy()
     assert codes.shape == (450, 32, 2) and codes.dtype == np.uint8
@@ -162,7 +162,7 @@ def test_training_codes_are_those_of_the_clips(tokenizer, tmp_path, monkeypatch)
     assert tokenizer.asked[:6] == [128, 22] * 3             # in chunks
     saved = np.load(tmp_path / "codes.npy")
     assert np.array_equal(saved, expected)
-    assert {path.name for path in tmp_path.iterdir()} == {"codes.npy", "of.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"codes.npy", "codes.txt"}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -170,14 +170,15 @@ def test_ranks_share_the_training_codes(tokenizer, tmp_path, monkeypatch, ranks)
     """Every chunk is encoded by one rank, into the same file. The ranks are threads here."""
     monkeypatch.setattr(sim, "SCENES", 128)
     config = sft.Config(scenario="all", clips=150, seed=3)
-    expected = np.array(sft.training_codes(config, tokenizer, tmp_path / "alone", ALONE))
+    alone = sft.training_codes(config, tokenizer, tmp_path / "alone" / "codes.npy", ALONE)
+    expected = np.array(alone)
     tokenizer.asked.clear()
     barrier = threading.Barrier(ranks, timeout=60)
     monkeypatch.setattr(train.World, "barrier", lambda world: barrier.wait())
 
     def of_rank(rank):
         world = train.World(rank, ranks, torch.device("cpu"))
-        return sft.training_codes(config, tokenizer, tmp_path / "shared", world)
+        return sft.training_codes(config, tokenizer, tmp_path / "shared" / "codes.npy", world)
     with ThreadPoolExecutor(ranks) as pool:
         for codes in pool.map(of_rank, range(ranks)):
             assert np.array_equal(codes, expected)
@@ -187,13 +188,13 @@ def test_ranks_share_the_training_codes(tokenizer, tmp_path, monkeypatch, ranks)
 def test_training_codes_are_made_once(tokenizer, tmp_path):
     """What is there is not made again. What is missing, damaged or of another tokenizer is."""
     config = sft.Config(clips=200, seed=3)
+    path, note = tmp_path / "codes.npy", tmp_path / "codes.txt"
 
     def made(config=config):
         """-> codes, and how many clips were encoded for them."""
         tokenizer.asked.clear()
-        codes = sft.training_codes(config, tokenizer, tmp_path, ALONE)
+        codes = sft.training_codes(config, tokenizer, path, ALONE)
         return np.array(codes), sum(tokenizer.asked)
-    path, note = tmp_path / "codes.npy", tmp_path / "of.json"
     whole, n = made()
     assert n == 200
     damages = {
@@ -215,7 +216,7 @@ def test_training_codes_are_made_once(tokenizer, tmp_path):
     made()
     tokenizer.quantizer.codebook += 1
     assert made()[1] == 200
-    assert {path.name for path in tmp_path.iterdir()} == {"codes.npy", "of.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"codes.npy", "codes.txt"}
 
 
 # ------------------------------------------------------------------ models
@@ -224,7 +225,8 @@ def test_training_codes_are_made_once(tokenizer, tmp_path):
 def test_loading_writes_nothing(tmp_path):
     (tmp_path / "ddt.safetensors").write_bytes(b"tokenizer")
     Llama(LlamaConfig(257, 32, 48, 2, 4, 2, 8, n_visual=256)).save(tmp_path / "sft")
-    checkpoint.write_provenance(tmp_path / "sft", ALONE, ddt=tmp_path / "ddt.safetensors")
+    config, source = sft.Config(), tmp_path / "ddt.safetensors"
+    checkpoint.start_stage(tmp_path / "sft", config, ALONE, ddt=source)
     before = {path: path.read_bytes() for path in (tmp_path / "sft").iterdir()}
     sft.load(tmp_path / "sft")
     sft.load(tmp_path / "sft", ddt=tmp_path / "ddt.safetensors")

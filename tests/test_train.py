@@ -174,10 +174,9 @@ def test_help_of_a_stage(name, preset, capsys):
         if field.type is bool:
             assert f"--{field.name} {comment}" in section
         else:
-            default = getattr(defaults, field.name)
-            default = "empty" if default == "" else default
-            kind = field.type.__name__.upper()
-            assert f"--{field.name} {kind} {comment} (default: {default})" in section
+            default, kind = getattr(defaults, field.name), field.type.__name__.upper()
+            assert f"--{field.name} {kind} {comment}" in section
+            assert default == "" or f"{comment} (default: {default})" in section
 
 
 def test_interrupting_says_how_to_go_on(capsys):
