@@ -100,7 +100,7 @@ def train_stage(name: str, out: str, change: dict) -> None:
         grpo.train_grpo(config, ddt.DDT.load(f"{out}/ddt"), reference, world)
 
 
-def brightness(frames, clips, horizon=0):
+def brightness(frames, clips, horizon):
     """In place of reward.reward: a hardly trained tokenizer paints no ball that could be found."""
     ahead = 1e4 * frames.double().mean((2, 3, 4)).float()           # (B, F)
     mean = ahead.mean(1)                                            # (B,)

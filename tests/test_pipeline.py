@@ -16,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import kills
 import numpy as np
 import pytest
 import torch
@@ -38,11 +37,11 @@ from lm import Llama
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {
-    "vae": dict(steps=4, batch=8, clips=16, eval_clips=2),
+    "vae": dict(width=8, steps=4, batch=8, clips=16, eval_clips=2),
     "ddt": dict(steps=8, batch=8, clips=16, save_every=2, eval_clips=2),
     "sft": dict(steps=4, batch=4, clips=16, save_every=1, eval_clips=2),
     "grpo": dict(steps=2, prompts=3, group=2, clips=8, save_every=1, eval_clips=2),
-    "vqgan": dict(steps=4, batch=8, clips=16, save_every=2, eval_clips=2)}
+    "vqgan": dict(size=24, width=8, steps=4, batch=8, clips=16, eval_clips=2)}
 MAINS = {"vae": vae.main, "ddt": ddt.main, "sft": sft.main, "grpo": grpo.main, "vqgan": vqgan.main}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -96,7 +95,8 @@ def results(out: Path) -> dict:
 
 @pytest.fixture
 def one_split(monkeypatch):
-    """Tables of the iid split only."""
+    """Tables of the iid split only, and few clips for the tokenizer's centre error."""
+    monkeypatch.setattr(ddt.center_error, "__defaults__", (2,))
     defaults = evaluate.add_rows.__defaults__
     few = tuple(("iid",) if x == evaluate.SPLITS else x for x in defaults)
     monkeypatch.setattr(evaluate.add_rows, "__defaults__", few)
@@ -153,6 +153,11 @@ def test_health_is_logged(finished):
     assert abs(line["reward"] - sum_of_parts) < 1e-3
 
 
+def random_reward(frames, clips, horizon):
+    ahead = torch.rand(frames.shape[:2])                    # (B, F)
+    return {"reward": ahead.mean(1), "velocity": ahead.mean(1), "mass": ahead[:, 0], "ahead": ahead}
+
+
 @pytest.mark.parametrize("whole_clip", [False, True])
 def test_the_logged_loss_is_that_of_the_formula(finished, tmp_path, monkeypatch, whole_clip):
     """
@@ -160,7 +165,7 @@ def test_the_logged_loss_is_that_of_the_formula(finished, tmp_path, monkeypatch,
     have mean 0 in each group.
     """
     copy(finished, tmp_path, "vae", "ddt", "sft")
-    monkeypatch.setattr(reward, "reward", kills.brightness)
+    monkeypatch.setattr(reward, "reward", random_reward)
     mean_advantages, rollout = [], grpo.rollout
 
     def recorded(*args):
@@ -308,9 +313,6 @@ def test_later_stages_refuse_what_was_trained_again(finished, tmp_path, one_spli
     run("sft", tmp_path, "--fresh")
     with pytest.raises(UserError, match="grpo was trained from another (ddt|sft)"):
         run("grpo", tmp_path)
-    run("grpo", tmp_path, "--fresh")
-    for stage in ("ddt", "sft", "grpo"):
-        assert json.loads((tmp_path / stage / "trained.json").read_text())
 
 
 def test_another_tokenizer(tmp_path, one_split):
@@ -321,7 +323,7 @@ def test_another_tokenizer(tmp_path, one_split):
     for stage, sources in (("sft", {"vqgan"}), ("grpo", {"vqgan", "sft"})):
         note = json.loads((tmp_path / stage / "provenance.json").read_text())
         assert note.keys() == sources
-    assert np.load(tmp_path / "sft" / "codes.npy").shape == (16, 32, 16)
+    assert np.load(tmp_path / "sft" / "codes.npy").shape == (16, 32, 9)
     assert not (tmp_path / "ddt").exists()
     assert results(tmp_path).keys() == {"VQGAN", "SFT", "SFT + RL"}
     with pytest.raises(UserError, match="choose ddt or vqgan"):
