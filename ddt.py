@@ -1,29 +1,36 @@
 """
 Stage 2, DDT: a frame becomes K discrete tokens, and the tokens become a frame.
 
-    frame -> VAE -> latent -> Q-former: K learned queries attend to it -> VQ: nearest of 256 codes
+    frame -> VAE -> latent -> Q-former: K learned queries attend to it -> linear, LayerNorm,
+      normalised: K unit vectors -> VQ: each becomes the nearest of 256 codes
     codes -> MMDiT: denoises a latent, given the tokens -> VAE decoder -> frame
+
+A code is an index, a vector is what is quantized, a token is what the decoder is given for it.
 
 Diffusion timestep tokens. Training is a rectified flow: noise eps is mixed into the latent x_0,
 x_t = t eps + (1 - t) x_0, and the decoder predicts x_0. At time t it is given a prefix of the
-tokens, the first k of them, where k grows with t: none without noise, all K at pure noise (t = 1).
+tokens, the first k of them, where k grows with t: one at little noise, all K at pure noise (t = 1).
 Thus token i encodes what the noise destroys at the time at which the token is added.
 
 Training in time:
-    step 0        vectors are not quantized; at first they say nothing about the picture
-    plateau ends  the error at t = 1 falls below 0.5: token noise and the crowding loss begin
-    40 %          the codebook is filled, quantization begins, token noise ends; crowding stays
+    step 0      The decoder ignores the tokens and predicts the mean frame: its error at t = 1 is
+                about 1, the variance of the latents. Vectors are not quantized.
+    error < 0.5 The plateau has ended, tokens carry information: token noise (Gaussian noise on the
+                vectors) and the crowding loss begin.
+    40 %        The codebook is filled, quantization begins, token noise ends; crowding stays.
 
 Source: Phys-AR (Lin et al. 2025, https://arxiv.org/abs/2504.15932), section 3.2 and appendix A.1.
 MMDiT: Stable Diffusion 3, Esser et al. 2024, https://arxiv.org/abs/2403.03206.
 
 Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
 1. Time is skewed to noise: u ~ U(0, 1), t = 8u / (1 + 7u), k = ceil(u K); in 3 of 10 samples u = 1.
-   Frames show discs, which are seen through the noise until t is about 0.95.
+   Up to t = 0.95 the balls of a frame are seen through the noise, and no token is needed.
 2. A frame is decoded by one call at t = 1 with all tokens; `decode` can also take Euler steps.
 3. Quantization starts late: a codebook of an encoder that has learnt nothing is worth nothing.
-4. `tiny` and `small` have codes of 3 dimensions, of which LayerNorm leaves a closed curve: angles.
-5. Three things keep tokens different: a linear layer for each, token noise, the crowding loss.
+4. `tiny` and `small` have codes of 3 dimensions. LayerNorm leaves of them a closed curve: a code is
+   an angle, has room for one quantity only, and a ball is placed more exactly.
+5. A linear layer per token, large position vectors and token noise keep different tokens from
+   encoding the same. The crowding loss spreads the vectors of one token over its curve.
 6. In the encoder the latent attends to itself only, the queries to both ("unified-direction").
 7. q and k are RMS-normalised before attention, which keeps bf16 stable.
 8. A LayerNorm precedes the normalisation of the vectors: without it all fell to one code.
@@ -79,7 +86,7 @@ class Config:
     vae: str = ""               # folder of a VAE in diffusers' layout (empty: <out>/vae)
     # model
     queries: int = 4            # tokens per frame, K
-    code_dim: int = 3           # dimensions of a code; 3 are a circle, see 4 in the file's head
+    code_dim: int = 3           # dimensions of a code; of 3 an angle is left (4 in the file's head)
     prefix: str = "growing"     # tokens that the decoder is given in training: growing, or all
     order: str = "forward"      # codes as encode returns them: forward (token 1 first) or reverse
     patch: int = 2              # cells of the latent per side of a patch
@@ -102,7 +109,7 @@ class Config:
     batch: int = 64             # frames per step, over all ranks
     micro_batch: int = 0        # frames per backward pass and rank; 0: the whole shard at once
     lr: float = 1.5e-3          # peak learning rate
-    warmup: int = 800           # steps of linear warm-up; long, it shortens the plateau
+    warmup: int = 800           # steps of linear warm-up; a long one shortens the plateau
     beta1: float = 0.9          # AdamW: decay of the mean of gradients
     beta2: float = 0.99         # AdamW: decay of the mean of their squares
     eps: float = 1e-8           # AdamW: added to the root of the mean square
@@ -166,7 +173,8 @@ def all_gather(x: Tensor) -> Tensor:
         return x
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=x.device)
     sizes[dist.get_rank()] = len(x)
-    end = all_reduce(sizes).cumsum(0)[dist.get_rank()]
+    all_reduce(sizes)
+    end = sizes.cumsum(0)[dist.get_rank()]
     rows = x.new_zeros(int(sizes.sum()), *x.shape[1:])
     rows[end - len(x):end] = x
     return all_reduce(rows)
@@ -205,7 +213,7 @@ class EMAVectorQuantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Unit vectors (..., dim) -> index of the most similar code (...)."""
-        # in fp64: on a circle neighbours' cosines differ by 3e-4, and tf32 rounds at 5e-4
+        # fp64: on a curve a code's cosine with its neighbour is 1 - 3e-4, and tf32 rounds at 5e-4
         return (z.double() @ self.codebook.T.double()).argmax(-1)
 
     def forward(self, x: Tensor,
@@ -234,18 +242,18 @@ class EMAVectorQuantizer(nn.Module):
         """
         if not self.active:
             return
-        step = 1 - (self.decay if decay is None else decay)
+        rate = 1 - (self.decay if decay is None else decay)
         V = len(self.codebook)
         count = torch.bincount(codes, minlength=V).float()                          # (V,)
         total = torch.zeros_like(self.sum).index_add_(0, codes, z)                  # (V, dim)
         both = all_reduce(torch.cat([count[:, None], total], 1))                    # (V, 1 + dim)
-        self.count.lerp_(both[:, 0], step)
-        self.sum.lerp_(both[:, 1:], step)
+        self.count.lerp_(both[:, 0], rate)
+        self.sum.lerp_(both[:, 1:], rate)
         self.codebook.copy_(nnf.normalize(self.sum, dim=-1))
 
         mean_count = both[:, 0].sum() / V
         dead = self.count < self.dead_below * mean_count
-        self.move(dead, self.random_vectors(z), mean_count)         # else dead again at once
+        self.move(dead, self.random_vectors(z), mean_count)         # with less, dead again at once
         self.updates += 1
 
     def move(self, mask: Tensor, z: Tensor, count: Tensor) -> None:
@@ -265,8 +273,8 @@ class EMAVectorQuantizer(nn.Module):
     def fill(self, z: Tensor) -> None:
         """
         Starts quantizing: the codes are random vectors of z (n, dim), then 10 rounds of k-means.
-        With more vectors than a later update has, counts start too high: until they have decayed
-        (some 80 updates if z is 16 batches), codes move slowly and none is dead.
+        If z is larger than the batches of later updates, the counts start too high. That does no
+        harm: until they have decayed (80 updates for 16 batches) codes move slowly, none is dead.
         """
         n = all_reduce(torch.tensor(float(len(z)), device=z.device))
         everywhere = torch.ones_like(self.count, dtype=torch.bool)
@@ -277,8 +285,8 @@ class EMAVectorQuantizer(nn.Module):
 
     def usage(self, codes: Tensor) -> dict[str, float]:
         """
-        For the log, of the codes (n,) of a step on all ranks: how many are distinct, and the
-        perplexity of their shares; 0 before `fill`. (self.count is kept up by revivals.)
+        For the log: how many codes of a step are distinct, and the perplexity of their shares, over
+        all ranks. codes (n,): this rank's. 0 before `fill`.
         """
         if not self.active:
             return {"codes_used": 0, "perplexity": 0.0}
@@ -342,9 +350,9 @@ class Stream(nn.Module):
     The layers of one stream (modality) of a dual-stream block. It has no forward of its own:
     QFormer.block and MMDiT.block, below, connect two of them.
 
-    inner: heads x d of the attention, equal in both streams. condition_width: of the vector that
-    modulates it; 0: not modulated. last: in the last block, a stream whose output is not used has
-    neither output projection nor MLP.
+    inner            heads x d of the attention, equal in both streams
+    condition_width  width of the vector that modulates the stream; 0: it is not modulated
+    last             the output after this block is not used: no output projection, no MLP
     """
 
     def __init__(self, width: int, inner: int, heads: int, condition_width: int = 0,
@@ -438,10 +446,10 @@ class MMDiT(nn.Module):
     def __init__(self, channels: int, side: int, n_tokens: int, code_dim: int, patch: int = 2,
                  width: int = 128, layers: int = 3, heads: int = 4):
         super().__init__()
-        self.patch, self.side = patch, side // patch
+        self.patch, self.grid = patch, side // patch
         self.latent_in = nn.Linear(channels * patch ** 2, width)
         self.token_in = TokenLinear(n_tokens, code_dim, width)
-        position = sincos_2d(self.side, width)
+        position = sincos_2d(self.grid, width)
         self.register_buffer("position", position, persistent=False)
         # std 0.5, not the usual 0.02: tokens must be told apart from the start, or several of them
         # learn the same
@@ -462,11 +470,12 @@ class MMDiT(nn.Module):
     def forward(self, latent: Tensor, t: Tensor, tokens: Tensor, k: Tensor) -> Tensor:
         """
         latent (B, C, h, w), t (B,), tokens (B, K, code_dim), k (B,) visible tokens -> x_0 (B, C, h,
-        w). Tokens from k on are zeroed and masked as keys: they have exactly no influence.
+        w). Tokens from k on are masked as keys in every block: they have exactly no
+        influence.
         """
         visible = torch.arange(tokens.shape[1], device=k.device) < k[:, None]   # (B, K)
         x = self.latent_in(patchify(latent, self.patch)) + self.position        # (B, L, D)
-        y = self.token_in(tokens * visible[..., None]) + self.token_position    # (B, K, D)
+        y = self.token_in(tokens) + self.token_position                         # (B, K, D)
         condition = self.time(sincos(1000 * t, 256).to(x.dtype))                # (B, D)
         mask = torch.cat([visible.new_ones(x.shape[:2]), visible], 1)           # (B, L + K)
         mask = mask[:, None, None]                                              # (B, 1, 1, L + K)
@@ -474,7 +483,7 @@ class MMDiT(nn.Module):
             x, y = self.block(image, token, x, y, condition, mask)
         shift, scale = self.modulation(nnf.silu(condition))[:, None].chunk(2, -1)
         x = self.latent_out(modulate(self.norm(x), shift, scale))               # (B, L, C p p)
-        return unpatchify(x, self.patch, self.side)
+        return unpatchify(x, self.patch, self.grid)
 
     @staticmethod
     def block(image: Stream, token: Stream, x: Tensor, y: Tensor, condition: Tensor,
@@ -553,11 +562,12 @@ class DDT(nn.Module):
                 others: Tensor | None = None) -> dict[str, Tensor]:
         """
         The loss of training, per sample:
-        |d(x_t, t, first k tokens) - x_0|^2 + 0.25 commitment + 0.02 crowding (after the plateau).
+        mean of (d(x_t, t, first k tokens) - x_0)^2 + 0.25 commitment + 0.02 crowding (if past the
+        plateau).
 
-        latent: x_0 (B, C, h, w); u (B,); noise like x_0; token_noise for the quantizer; others (n,
-        K, dim): the unit vectors of the global batch (None: of these latents, on all ranks) ->
-        {loss, mse, commitment, crowding: (B,) each; codes (B, K); vectors (B, K, dim)}.
+        latent x_0 (B, C, h, w), u (B,), noise like x_0, token_noise (B, K, dim). others (n, K,
+        dim): the vectors of the global batch; None: those of these latents, on all ranks.
+        -> {loss, mse, commitment, crowding: (B,) each; codes (B, K); vectors (B, K, dim)}.
         """
         c = self.config
         tokens, codes, commitment, z = self.quantizer(self.encoder(latent), token_noise)
@@ -589,7 +599,7 @@ class DDT(nn.Module):
         return self.ordered(self.quantizer.nearest(self.vectors(self.latent(frames))))
 
     def ordered(self, codes: Tensor) -> Tensor:
-        """codes (..., K), V_1 first -> in config.order; and back."""
+        """codes (..., K), token 1 first -> in config.order; and back."""
         return codes.flip(-1) if self.config.order == "reverse" else codes
 
     @torch.no_grad()
@@ -678,7 +688,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     world.print0(f"DDT: {millions(tokenizer.encoder)} parameters encoder, "
                  f"{millions(tokenizer.decoder)} decoder, {config.steps} steps of {B} frames")
     world.compile(tokenizer.encoder, tokenizer.decoder)
-    model = train.distribute(tokenizer, world)
+    model = train.distribute(tokenizer, world)              # the tokenizer, or DDP around it
     n = world.accumulation_steps(B, config.micro_batch)
 
     shown = ("mse", "mse_noise", "codes_used")
@@ -722,7 +732,10 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
 
 
 def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> list[Tensor]:
-    """This rank's u (b,), noise (b, *shape) of the latents and token noise (b, K, dim)."""
+    """
+    This rank's u (b,), noise (b, *shape) of the latents and token noise (b, K, dim), which the
+    quantizer ignores once it quantizes. Drawn for all ranks: their number changes nothing.
+    """
     c, generator = tokenizer.config, train.generator(tokenizer.config.seed, step)
     u = torch.rand(c.batch, generator=generator)
     u = torch.where(torch.rand(c.batch, generator=generator) < c.pure_noise, 1.0, u)
@@ -744,7 +757,8 @@ def update_mse_noise(tokenizer: DDT, mse: Tensor, world: train.World) -> None:
     """Moves the running mean by this rank's errors at pure noise (n,), n may be 0."""
     count = torch.tensor(float(len(mse)), device=mse.device)
     total, count = world.all_reduce(torch.stack([mse.sum(), count]))
-    tokenizer.mse_noise.lerp_(total / count.clamp(min=1), 0.05 if count else 0)
+    if count:
+        tokenizer.mse_noise.lerp_(total / count, 0.05)
 
 
 @torch.no_grad()
@@ -767,7 +781,7 @@ def start_quantizing(tokenizer: DDT, data: Frames, step: int, n: int, world: tra
 
 
 def reconstruction(tokenizer) -> Callable[[Tensor], Tensor]:
-    """For evaluate.evaluate with shown = 32: frames (B, F, 3, H, W) in [0, 1] -> the same."""
+    """For evaluate.evaluate with shown = 32: frames (B, F, 3, H, W) -> their reconstructions."""
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
         generator = torch.Generator(frames.device).manual_seed(0)
@@ -790,7 +804,7 @@ def center_error(tokenizer, scenario: str, device, n: int = 32) -> tuple[float, 
 def report(config, tokenizer: DDT, world: train.World) -> Path:
     """The tokenizer's rows of the result table, and its picture. What is there is kept."""
     c, predict = tokenizer.config, reconstruction(tokenizer)
-    c = dataclasses.replace(c, out=config.out, scenario=config.scenario)
+    c = dataclasses.replace(c, out=config.out, scenario=config.scenario)        # of this run
     vae_stage.report(c, tokenizer.vae, world)
     results = evaluate.add_rows(c, {"DDT": predict}, c.size, world, shown=sim.FRAMES)
     picture = Path(config.out, "ddt", "reconstruction.png")
