@@ -10,12 +10,14 @@ the machine does slows both. Printed are medians.
     python tests/bench.py --small       # every section at its smallest size, in seconds
     torchrun --nproc_per_node=2 tests/bench.py grpo
 
-Runs on the GPU where there is one, with larger sizes.
+Runs on the GPU where there is one, with larger sizes. On 2 CPU cores with nothing else to do, sim
+takes 10 seconds, ddt 20, lm 2 minutes, grpo 1.
 """
 import argparse
 import contextlib
 import copy
 import dataclasses
+import os
 import sys
 import tempfile
 import time
@@ -461,7 +463,8 @@ def main(argv: list[str] | None = None) -> None:
         if name not in SECTIONS:
             parser.error(f"unknown section {name!r}: choose from {', '.join(SECTIONS)}")
     for name in args.sections or SECTIONS:
-        print(f"\n== {name}", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n== {name}", flush=True)
         SECTIONS[name](**SMALL[name] if args.small else {})
 
 
