@@ -6,9 +6,9 @@ What a kill, a full disk or a second process could leave half-done is written be
 renamed. At every path there is the old file or the new one, never a part of one.
 
 <folder>/checkpoint-<steps done>/
-    model.safetensors               the weights optimizer-<rank>.safetensors    every rank's shard
-    of the optimizer state manifest.json                   steps, ranks, config and checksums;
-    written last: without it, it is no checkpoint
+    model.safetensors               the weights
+    optimizer-<rank>.safetensors    every rank's shard of the optimizer state
+    manifest.json                   steps, ranks, config, checksums; without it, no checkpoint
 
 The last two are kept. Data order and noise are functions of (seed, step): a checkpoint holds no
 random state.

@@ -12,15 +12,15 @@ model of these tokens; 4 this file, the main job.)
 SFT has seen radii and speeds of one range ("pretrain" clips). RL trains on two bands just outside
 it ("posttrain" clips).
 
-Source: Phys-AR section 3.4, Table 3 and appendix D; its equations are cited. GRPO is Shao et al.
-2024, https://arxiv.org/abs/2402.03300.
+Source: Phys-AR (Lin et al. 2025, https://arxiv.org/abs/2504.15932), section 3.4, Table 3 and
+appendix D: "Eq." is an equation there. GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300.
 
 Differences from textbook GRPO, and choices where the paper is silent (docs/RESULTS.md, 3)
-1. The KL is to the frozen SFT model. The paper's, to pi_old, is zero with one update per rollout.
+1. The KL is to the frozen SFT model. The paper's is to pi_old: 0 with one update per rollout.
 2. The KL is exact: a sum over the 256 codes of every token, no estimate from the sampled one.
-3. There is one update per rollout: the ratio to the old policy is 1, and PPO's clipping never acts.
-4. Old and new log-probabilities are those of the sampled distribution (top-k 50, top-p 0.95).
-5. Advantages divide by std + 0.1, where 0.1 is the std of the reward between two decodings.
+3. One update per rollout: the ratio, kept as in Eq. 9, is always 1, and nothing is clipped.
+4. Old and new log-probabilities are of the distribution sampled from (top-k 50, top-p 0.95).
+5. Advantages divide by std + 0.1. Decoding is random: the reward of the same codes has std 0.1.
 6. A token is judged by the reward of eight frames, its own the first (--whole_clip: of the clip).
 7. The KL is also taken on clips of SFT's range, which RL would forget otherwise (beta_pretrain).
 
@@ -32,7 +32,7 @@ Expected at `tiny` on 2 CPU cores: 19 to 35 minutes in all, of them 2 to 4 for G
 
 Axes: B clips, F frames, K tokens of a frame, P prompts, G group (rollouts per prompt), R = P G
 rollouts, S = 1 + F K tokens of a clip, T = (F - 3) K sampled tokens, V codes, D width, H W pixels.
-P and R are this rank's, except where `prompts` and `rollouts` name those of the global batch.
+P, R and B are this rank's; n_prompts and n_rollouts those of all ranks.
 """
 import copy
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class Config:
     clips: int = 2000           # clips to draw conditions from, per motion
     tokenizer: str = "ddt"      # ddt, or vqgan (experiments/vqgan.py)
     # rollout
-    prompts: int = 8            # conditions per step, P, over all ranks
+    prompts: int = 8            # conditions per step, over all ranks
     group: int = 8              # rollouts per condition, G
     top_k: int = 50             # sampling: only the most likely codes, this many
     top_p: float = 0.95         # sampling: of these the fewest that hold this probability
@@ -92,8 +92,8 @@ class Config:
     eval_clips: int = 256       # clips per split of the result table
 
 
-# `paper` is Table 3, on 8 GPUs: 3 or 4 prompts each. The paper gives neither group nor beta: they
-# are those of `tiny`. Its batch of 28 is taken as prompts.
+# `paper` is Table 3, on 8 GPUs: 3 or 4 prompts each. Its batch of 28 is taken as prompts. The paper
+# gives neither group nor beta; both are as in `tiny`.
 PRESETS = {
     "tiny": {},
     "small": dict(scenario="all", clips=20000, prompts=32, micro_batch=64, steps=300, lr=2e-5,
@@ -110,7 +110,7 @@ REWARD_NOISE = 0.1              # std of the reward between two decodings of the
 def advantages(score: Tensor) -> Tensor:
     """
     Eq. 8: scores (P, G), or of every frame (P, G, F) -> the same shape, normalised in each group.
-    A frame whose score is NaN (the true ball has left the view) has advantage 0.
+    NaN becomes 0: where the true ball has left the view, no frame of the group has a score.
     """
     mean, std = score.mean(1, keepdim=True), score.std(1, keepdim=True)
     return ((score - mean) / (std + REWARD_NOISE)).nan_to_num()
@@ -138,8 +138,8 @@ def grpo_loss(logits: Tensor, logits_ref: Tensor, codes: Tensor, support: Tensor
     gain = ratio * advantage
     clipped_gain = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage
     policy_loss = -torch.minimum(gain, clipped_gain)                        # (R, T)
-    # KL and entropy are of the whole softmax, not of the support: there the reference's
-    # probability may be 0, and the KL infinite
+    # KL and entropy are of the whole softmax. On the supports, a code of the policy's could be cut
+    # from the reference's, where its probability is 0 and the KL infinite
     kl = kl_divergence(logits, logits_ref)                                  # (R, T)
     log_pi = logits.detach().float().log_softmax(-1)                        # (R, T, V)
     entropy = -(log_pi.exp() * log_pi).sum(-1)                              # (R, T)
@@ -160,21 +160,17 @@ class Rollouts:
     logits_ref: Tensor          # (R, T, V)     logits of the frozen SFT model
     advantage: Tensor           # (R, T)
 
-    def split(self, n: int) -> list["Rollouts"]:
-        """n micro-batches of rollouts."""
-        parts = zip(*(x.tensor_split(n) for x in vars(self).values()))
-        return [Rollouts(*part) for part in parts]
-
 
 @dataclass
 class TrueClips:
     ids: Tensor                 # (B, S)        BOS and the codes of a simulated clip
     logits_ref: Tensor          # (B, T, V)     logits of the frozen SFT model
 
-    def split(self, n: int) -> list["TrueClips"]:
-        """n micro-batches of clips."""
-        parts = zip(*(x.tensor_split(n) for x in vars(self).values()))
-        return [TrueClips(*part) for part in parts]
+
+def micro_batches(batch: Rollouts | TrueClips, n: int) -> list:
+    """The batch, cut into n of its kind."""
+    parts = zip(*(x.tensor_split(n) for x in vars(batch).values()))
+    return [type(batch)(*part) for part in parts]
 
 
 class CodeLogits(nn.Module):
@@ -194,7 +190,7 @@ class CodeLogits(nn.Module):
 
 @torch.no_grad()
 def frozen_logits(model: Llama, ids: Tensor, T: int, micro_batch: int) -> Tensor:
-    """CodeLogits without gradient, of so many rows of ids (R, S) at a time -> (R, T, V)."""
+    """CodeLogits without gradient, micro_batch rows at a time: ids (R, S) -> (R, T, V)."""
     return torch.cat([CodeLogits(model)(part, T) for part in ids.split(micro_batch)])
 
 
@@ -225,15 +221,16 @@ def rollout(policy: Llama, reference: Llama, tokenizer: DDT, clips: sim.Clips, c
     clip_of = torch.arange(P, device=codes.device).repeat_interleave(G)         # (R,)
     scores = reward.reward(frames, clips[clip_of], config.horizon)
     scores = {name: x.unflatten(0, (P, G)) for name, x in scores.items()}
-    ahead = scores.pop("ahead")[:, :, CONDITION:]           # (P, G, F - 3): reward of the window
+    # of each predicted frame (P, G, F - 3): the reward of this frame and the 7 after it alone
+    ahead = scores.pop("ahead")[:, :, CONDITION:]
     if config.whole_clip:
         advantage = advantages(scores["reward"])[:, :, None].expand_as(ahead)
     else:
         advantage = advantages(ahead)
     advantage = advantage.flatten(0, 1).repeat_interleave(K, 1)                 # (R, T)
 
-    # log-probabilities in one forward pass, as in training: those of the cached decoder are rounded
-    # otherwise, and the ratio would not be exactly 1
+    # log-probabilities without the cache of `generate`, as in training: with it they are rounded
+    # differently, and the ratio would only be nearly 1
     codes, support = codes.flatten(0, 1), support.flatten(0, 1)                 # (R, T), (R, T, V)
     ids = torch.cat([prompt.repeat_interleave(G, 0), policy.first_code + codes], 1)     # (R, S)
     logits = frozen_logits(policy, ids, T, config.micro_batch)                  # (R, T, V)
@@ -246,9 +243,9 @@ def rollout(policy: Llama, reference: Llama, tokenizer: DDT, clips: sim.Clips, c
 def true_clips(reference: Llama, tokenizer: DDT, clips: sim.Clips) -> TrueClips:
     """Simulated clips, for the KL to the SFT model on motions that RL does not sample."""
     codes = sft.tokenize(tokenizer, clips)                                      # (B, F, K)
-    ids = sft.sequence(reference, codes).to(reference.head.device)              # (B, S)
+    ids = sft.sequence(reference, codes.to(reference.head.device))              # (B, S)
     T = (FRAMES - CONDITION) * codes.shape[2]
-    return TrueClips(ids, frozen_logits(reference, ids, T, len(ids)))
+    return TrueClips(ids, frozen_logits(reference, ids, T, len(ids)))           # few: all at once
 
 
 # ------------------------------------------------------------------ training
@@ -262,50 +259,52 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
     policy.checkpointing = config.checkpointing
     policy_logits = train.distribute(CodeLogits(policy), world)
     T = (FRAMES - CONDITION) * tokenizer.config.queries
-    prompts, rollouts = config.prompts, config.prompts * config.group           # global batch
-    world.print0(f"GRPO: {config.steps} steps of {prompts} prompts x {config.group} rollouts")
+    n_prompts, n_rollouts = config.prompts, config.prompts * config.group
+    world.print0(f"GRPO: {config.steps} steps of {n_prompts} prompts x {config.group} rollouts")
 
     motions = train.scenarios(config.scenario)
     posttrain = [sim.sample(name, "posttrain", config.clips, config.seed) for name in motions]
     pretrain = [sim.sample(name, "pretrain", config.clips, config.seed) for name in motions]
-    n = world.accumulation_steps(prompts, config.micro_batch, config.group)     # of rollouts
-    n_true = world.accumulation_steps(prompts, config.micro_batch)              # of true clips
+    # micro-batches per rank, of rollouts and of true clips
+    n = world.accumulation_steps(n_prompts, config.micro_batch, config.group)
+    n_true = world.accumulation_steps(n_prompts, config.micro_batch)
 
     with train.Run(folder, policy, config, world, show=("reward", "kl")) as run:
         for step in run:
             # the clips of this step, all of one motion, and their rollouts
             motion, turn = step % len(motions), step // len(motions)
-            index = train.batch_indices(config.seed, turn, prompts, config.clips)
+            index = train.batch_indices(config.seed, turn, n_prompts, config.clips)
             index = world.shard(index)                                          # (P,)
+            # a generator per prompt: samples do not depend on the number of ranks
             generators = [train.generator(config.seed, step, prompt, device=world.device)
-                          for prompt in range(prompts)]     # one each: the same on any rank count
+                          for prompt in range(n_prompts)]
             clips = posttrain[motion][index].to(world.device)
-            r, scores = rollout(policy, reference, tokenizer, clips, config,
-                                world.shard(generators))
-            micro_batches = r.split(n)
+            rollouts, scores = rollout(policy, reference, tokenizer, clips, config,
+                                       world.shard(generators))
+            parts = micro_batches(rollouts, n)
             if config.beta_pretrain:
                 clips = pretrain[motion][index].to(world.device)                # as many as prompts
-                micro_batches += true_clips(reference, tokenizer, clips).split(n_true)
+                parts += micro_batches(true_clips(reference, tokenizer, clips), n_true)
 
             # gradient accumulation; DDP averages gradients over the ranks in the last backward pass
             total, outs, kl_pretrain = 0.0, [], torch.zeros((), device=world.device)
-            for part in run.accumulate(micro_batches, policy_logits):
-                logits = policy_logits(part.ids, T)                             # (r, T, V)
+            for part in run.accumulate(parts, policy_logits):                   # of either kind
+                logits = policy_logits(part.ids, T)                             # (rows, T, V)
                 if isinstance(part, Rollouts):
                     out = grpo_loss(logits, part.logits_ref, part.codes, part.support,
                                     part.logp_old, part.advantage, config.clip_eps, config.beta)
-                    loss = out["loss"].sum() / rollouts
+                    loss = out["loss"].sum() / n_rollouts
                     outs.append({name: x.detach() for name, x in out.items()})
                 else:
-                    kl = kl_divergence(logits, part.logits_ref).mean(1)         # (b,)
-                    loss = config.beta_pretrain * kl.sum() / prompts
+                    kl = kl_divergence(logits, part.logits_ref).mean(1)         # (rows,)
+                    loss = config.beta_pretrain * kl.sum() / n_prompts
                     kl_pretrain += kl.detach().sum()
                 (loss * world.size).backward()              # times ranks: a sum, not DDP's average
                 total += loss.detach()
 
-            # clip the gradient norm, AdamW, zero_grad; and the log
-            run.step(total, kl_pretrain=world.all_reduce(kl_pretrain) / prompts,
-                     **metrics(scores, outs, prompts, rollouts, world))
+            # clip the gradient norm, AdamW, zero_grad; log the loss (summed over ranks) and metrics
+            run.step(total, kl_pretrain=world.all_reduce(kl_pretrain) / n_prompts,
+                     **metrics(scores, outs, n_prompts, n_rollouts, world))
 
     if world.is_main:
         evaluate.drop_rows(folder.parent / "results.json", "SFT + RL")          # of an older policy
@@ -313,14 +312,15 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
     return policy.eval()
 
 
-def metrics(scores: dict[str, Tensor], outs: list[dict[str, Tensor]], prompts: int, rollouts: int,
-            world: train.World) -> dict[str, Tensor]:
-    """Means over the global batch, named as in TRL; zero_std: below the reward's noise."""
+def metrics(scores: dict[str, Tensor], outs: list[dict[str, Tensor]], n_prompts: int,
+            n_rollouts: int, world: train.World) -> dict[str, Tensor]:
+    """Means over all ranks' rollouts, named as in TRL. zero_std: a std below REWARD_NOISE."""
     values = {name: torch.cat([out[name] for out in outs]) for name in outs[0]} | scores
-    mean = {name: world.all_reduce(x.sum()) / rollouts for name, x in values.items()}
+    mean = {name: world.all_reduce(x.sum()) / n_rollouts for name, x in values.items()}
     std = scores["reward"].std(1)                                               # (P,) of each group
-    std, flat = world.all_reduce(torch.stack([std.sum(), (std < REWARD_NOISE).sum()])) / prompts
-    return {"reward": mean["reward"], "reward_std": std, "frac_reward_zero_std": flat,
+    sums = torch.stack([std.sum(), (std < REWARD_NOISE).sum()])
+    std, zero_std = world.all_reduce(sums) / n_prompts
+    return {"reward": mean["reward"], "reward_std": std, "frac_reward_zero_std": zero_std,
             "rewards/velocity/mean": mean["velocity"], "rewards/mass/mean": mean["mass"],
             "kl": mean["kl"], "entropy": mean["entropy"], "clip_ratio/region_mean": mean["clipped"]}
 
@@ -348,12 +348,12 @@ def main(argv: list[str] | None = None) -> None:
         policy = train_grpo(config, tokenizer, reference, world)
     predictors = {"SFT": sft.predictor(reference, tokenizer),
                   "SFT + RL": sft.predictor(policy, tokenizer)}
-    size, splits = tokenizer.config.size, ("posttrain", *evaluate.SPLITS)
-    results = evaluate.add_rows(config, predictors, size, world, splits)
+    splits, size = ("posttrain", *evaluate.SPLITS), tokenizer.config.size
+    results_file = evaluate.add_rows(config, predictors, size, world, splits)
     if world.is_main:
-        print(evaluate.table(results))
-        print("\n" + evaluate.difference(results, "SFT", "SFT + RL"))
-        pictures.save_predictions(results.parent, predictors, motions[0], size, world.device)
+        print(evaluate.table(results_file))
+        print("\n" + evaluate.difference(results_file, "SFT", "SFT + RL"))
+        pictures.save_predictions(Path(config.out), predictors, motions[0], size, world.device)
     world.barrier()
 
 

@@ -42,9 +42,10 @@ import sim
 import train
 from checkpoint import UserError, check
 from ddt import DDT
-from lm import Llama, LlamaConfig, generate, read_config
+from lm import Llama, LlamaConfig, generate
 from sim import CONDITION, FRAMES
 from vae import frames_per_call, millions
+from weights import read_config
 
 
 @dataclass

@@ -23,7 +23,8 @@ import sentencepiece
 import tiktoken
 import torch
 
-from lm import Cache, Llama, check_length, decode_step, draw, read_config, read_json, truncate
+from lm import Cache, Llama, check_length, decode_step, draw, truncate
+from weights import read_config, read_json
 
 # ------------------------------------------------------------------ tokenizer
 
@@ -264,7 +265,7 @@ def continuation(model: Llama, prompt: list[int], max_new_tokens: int, top_k: in
     check_length(model.config, len(prompt), max_new_tokens)
     device, eos = model.head.device, model.config.eos_token_id
     ends = eos if isinstance(eos, list) else [eos]
-    cache = Cache(model.config, 1, len(prompt) + max_new_tokens, device, model.head.dtype)
+    cache = Cache(model.config, 1, len(prompt) + max_new_tokens - 1, device, model.head.dtype)
     hidden = model(torch.tensor([prompt], device=device), cache)[:, -1]            # (1, D)
     logits = model.logits(hidden)                                                  # (1, V)
     step = decode_step(model, cache, model.logits)

@@ -45,9 +45,10 @@ import train
 import vae
 from checkpoint import UserError, check
 from ddt import DDT
-from lm import CONFIGS, Cache, Llama, LlamaConfig, read_config
+from lm import CONFIGS, Cache, Llama, LlamaConfig
 from sim import CONDITION, FRAMES
 from vae import VAE
+from weights import read_config
 
 GIB = 2 ** 30
 UTILISATION = 0.4               # share of a card's FLOP/s that training reaches: an assumption

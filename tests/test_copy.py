@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[1]
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"experiments"}
 COPIES = {                                  # part: the names that are copied, itself the last
     "EMAVectorQuantizer": "ddt.all_reduce ddt.all_gather ddt.EMAVectorQuantizer",
-    "QFormer": "ddt.sincos ddt.sincos_2d ddt.patchify ddt.Stream ddt.QFormer",
+    "QFormer": "ddt.sincos ddt.sincos_2d ddt.patchify ddt.Modulation ddt.Stream ddt.QFormer",
     "MMDiT": "ddt.sincos ddt.sincos_2d ddt.patchify ddt.unpatchify ddt.modulate ddt.TokenLinear "
-             "ddt.Stream ddt.MMDiT",
+             "ddt.Modulation ddt.Stream ddt.MMDiT",
     "VAE": "vae.ResnetBlock vae.AttentionBlock vae.Downsample vae.Upsample vae.DownBlock "
            "vae.UpBlock vae.MidBlock vae.Encoder vae.Decoder vae.VAE",
     "Llama": "lm.LLAMA3 lm.LlamaConfig lm.rope_frequencies lm.rotate lm.Cache lm.RMSNorm "
@@ -174,7 +174,7 @@ def run_q_former(module, folder):
 
 def run_mmdit(module, folder):
     torch.manual_seed(0)
-    model = module.MMDiT(channels=3, side=8, tokens=5, code_dim=4, patch=2, width=32, layers=2,
+    model = module.MMDiT(channels=3, side=8, n_tokens=5, code_dim=4, patch=2, width=32, layers=2,
                          heads=2)
     latent, t, tokens = noisy(4, 3, 8, 8), torch.rand(4), noisy(4, 5, 4, seed=1)
     k = torch.tensor([0, 2, 5, 1])
@@ -255,8 +255,8 @@ def run_adamw(module, folder):
 
 
 def run_advantages(module, folder):
-    per_frame = module.advantages(reward=noisy(2, 3, 5))
-    return [per_frame, module.advantages(reward=noisy(2, 3, seed=1))]
+    per_frame = module.advantages(score=noisy(2, 3, 5))
+    return [per_frame, module.advantages(score=noisy(2, 3, seed=1))]
 
 
 def run_grpo_loss(module, folder):
@@ -267,7 +267,7 @@ def run_grpo_loss(module, folder):
     out = module.grpo_loss(
         logits=logits, logits_ref=logits_ref, codes=codes, support=support,
         logp_old=-noisy(R, T, seed=4).abs(), advantage=noisy(R, T, seed=5), clip_eps=0.2, beta=0.1)
-    kl = module.kl_divergence(log_p=logits.log_softmax(-1), log_q=logits_ref.log_softmax(-1))
+    kl = module.kl_divergence(logits=logits, logits_ref=logits_ref)
     gradient = torch.autograd.grad(out["loss"].sum(), logits)[0]
     return [kl, gradient, *out.values()]
 

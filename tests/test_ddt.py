@@ -694,15 +694,16 @@ def test_a_tokenizer_trained_anew_is_another(tmp_path, part):
     model = DDT(config(), small_vae(block_out_channels=[48, 96]))
     world = train.World(0, 1, torch.device("cpu"))
     folder, weights = tmp_path / "sft", tmp_path / "ddt" / ddt.MODEL
+    train_config = ddt.Config()
     folder.mkdir()
     (folder / "model.safetensors").touch()
     model.save(tmp_path / "ddt")
-    checkpoint.write_provenance(folder, world, ddt=weights)
+    checkpoint.start_stage(folder, train_config, world, ddt=weights)
     checkpoint.check_provenance(folder, ddt=weights)
     model.state_dict()[part].mul_(-1)
     model.save(tmp_path / "ddt")
     for use in (lambda: checkpoint.check_provenance(folder, ddt=weights),
-                lambda: checkpoint.write_provenance(folder, world, ddt=weights)):
+                lambda: checkpoint.start_stage(folder, train_config, world, ddt=weights)):
         with pytest.raises(UserError, match="another ddt"):
             use()
 

@@ -216,7 +216,7 @@ def test_dit_command(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, culprit", [
     (["--heads", "5"], "--heads 5"), (["--calls", "1001"], "1001 of --calls"),
-    (["--levels", "1"], "--levels 1"), (["--preset", "B"], "stands on a pre-trained VAE")])
+    (["--levels", "1"], "--levels 1"), (["--preset", "B"], "needs a pre-trained VAE")])
 def test_bad_flags(argv, culprit, tmp_path):
     with pytest.raises(UserError, match=culprit):
         main([*argv, "--out", str(tmp_path)])

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 import text
-from lm import Llama, LlamaConfig, config_to_json
+from lm import Llama, LlamaConfig
 from text import Tokenizer, continuation
+from weights import config_to_json
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TEXTS = ["Hello world", "The ball moves at 12345.678 units,\n\n  then it's gone.\r\n",
