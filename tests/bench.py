@@ -414,7 +414,8 @@ def bench_grpo(width: int = 4096 if CUDA else 1024, layers: int = 2, words: int 
         n = world.accumulation_steps(prompts, config.micro_batch, group)
         known = grpo.true_clips(reference, tokenizer, pretrain)
         total = 0.0
-        for part in run.accumulate([*r.split(n), known], policy_logits):
+        parts = [*grpo.micro_batches(r, n), known]
+        for part in run.accumulate(parts, policy_logits):
             logits = policy_logits(part.ids, part.logits_ref.shape[1])
             if isinstance(part, grpo.Rollouts):
                 loss = grpo.grpo_loss(logits, part.logits_ref, part.codes, part.support,

@@ -323,7 +323,7 @@ def test_rollouts_stand_beside_their_condition(rollout):
 
 
 def test_micro_batches_of_a_rollout(rollout):
-    parts = rollout.r.split(5)
+    parts = grpo.micro_batches(rollout.r, 5)
     assert [len(part.ids) for part in parts] == [3, 3, 2, 2, 2]
     for name, x in vars(rollout.r).items():
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), x)
@@ -355,7 +355,7 @@ def test_the_kl_on_true_clips_holds_the_policy_at_the_reference(rollout):
     drawn = sim.sample("uniform", "pretrain", 5)
     clips = grpo.true_clips(reference, rollout.tokenizer, drawn)
     assert clips.ids.shape == (5, 65) and clips.logits_ref.shape == (5, 58, 256)
-    halves = clips.split(2)
+    halves = grpo.micro_batches(clips, 2)
     assert [len(part.ids) for part in halves] == [3, 2]
     assert torch.equal(torch.cat([part.ids for part in halves]), clips.ids)
     assert torch.equal(torch.cat([part.logits_ref for part in halves]), clips.logits_ref)
