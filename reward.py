@@ -11,7 +11,7 @@ Source: Phys-AR, section 3.4 and appendix D.
 What the paper leaves open, decided here
 1. v is the change of the ball's centre from frame f to f + 1, per second; v^ is the true ball's.
 2. A frame f counts if f >= 3 and the true ball is wholly in view; a pair (f, f + 1) if both count.
-3. In collisions the reward leaves out the pair with the impact; the errors count only pairs after.
+3. In a collision the reward leaves out the pair with the impact, the errors also all pairs before.
 4. A ball that is not found counts as an error of 10 units/s and of 2 units in radius. Errors of a
    ball that is found are limited to these values, thus losing a ball never pays.
 5. Errors are averaged over time, then over balls.

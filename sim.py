@@ -195,7 +195,7 @@ def _in_view(radius: Tensor, position: Tensor) -> Tensor:
 
 def _initial_states(scenario: str, split: str, n: int, seed: int) -> tuple[np.ndarray, ...]:
     """-> radius (n, N), speed (n, N), centre at t = 0 (n, N, 2)."""
-    # An own stream of random numbers for every scenario and split. hash() would change per process.
+    # Each scenario and split has its own random stream. hash() would differ between processes.
     stream = zlib.crc32(f"{scenario}/{split}".encode())
     rng = np.random.default_rng([seed, stream])
     ranges = splits(scenario)[split]
@@ -219,9 +219,9 @@ def _start_one_ball(rng: np.random.Generator, ranges: tuple[str, ...], n: int, t
     r = _draw(rng, RADIUS[ranges[0]], n)
     v = _draw(rng, SPEED[ranges[1]], n)
 
-    rightmost = WORLD - (IN_VIEW * v + r)                 # from here it stays for IN_VIEW seconds
+    rightmost = WORLD - (IN_VIEW * v + r)                 # started here, in view for IN_VIEW s
     x_slow = rng.uniform(r, np.maximum(rightmost, r))
-    x_fast = r + rng.uniform(0, GAP, n)                   # too fast to stay: near the left edge
+    x_fast = r + rng.uniform(0, GAP, n)                   # too fast for it: near the left edge
     x = np.where(rightmost >= r, x_slow, x_fast)
 
     lowest = WORLD - DROP - r if thrown else r + GAP
@@ -232,7 +232,8 @@ def _start_one_ball(rng: np.random.Generator, ranges: tuple[str, ...], n: int, t
 def _start_collision(rng: np.random.Generator, ranges: tuple[str, ...], n: int):
     r, v = np.zeros((n, 2)), np.zeros((n, 2))
     redo = np.ones(n, dtype=bool)
-    while redo.any():                                     # clips that have no room for their impact
+    while redo.any():
+        # Values for all n clips are drawn each time, and used where redo is True.
         new_r = np.stack([_draw(rng, RADIUS[name], n) for name in ranges[:2]], -1)
         new_v = np.stack([_draw(rng, SPEED[name], n) for name in ranges[2:]], -1)
         r = np.where(redo[:, None], new_r, r)
@@ -242,7 +243,7 @@ def _start_collision(rng: np.random.Generator, ranges: tuple[str, ...], n: int):
         closing, touch = v.sum(1), r.sum(1)
         nearest = IMPACT[0] * closing + touch
         farthest = np.minimum(IMPACT[1] * closing + touch, WORLD - touch)     # both in view
-        redo = nearest > farthest
+        redo = nearest > farthest                         # no room for this impact
 
     distance = rng.uniform(nearest, farthest)
     rightmost = WORLD - r[:, 1] - distance                # of ball 1, with ball 2 in view
@@ -268,9 +269,10 @@ def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor,
     Simulates clips with pymunk -> positions (B, F, N, 2), float64.
 
     radius (B, N), velocity (B, N; the initial speed) and start (B, N, 2; the centres at t = 0).
+    scenes: number of clips that share a Space.
     Raises ValueError for wrong shapes, non-finite values, radius <= 0 and velocity < 0, for which
-    pymunk would abort the process or compute nonsense, and for balls above or below the view or at
-    different heights, which could hit balls of other clips.
+    pymunk would abort the process or compute nonsense, and for balls that reach above or below the
+    view or start at different heights, which could hit balls of other clips.
     """
     radius, velocity, start = (torch.as_tensor(x, dtype=torch.float64).cpu()
                                for x in (radius, velocity, start))
@@ -318,7 +320,7 @@ def _simulate_in_one_space(scenario: str, radius: Tensor, speed: Tensor, start: 
     space = pymunk.Space()
     if scenario == "parabola":
         space.gravity = (0, -GRAVITY)
-        velocity[..., 1] -= GRAVITY * step / 2            # leapfrog: exact for constant gravity
+        velocity[..., 1] -= GRAVITY * step / 2            # leapfrog: exact for constant forces
     offset = torch.zeros(B, 1, 2, dtype=torch.float64)    # broadcasts over the balls
     offset[:, 0, 1] = WORLD * torch.arange(B)
 
@@ -345,8 +347,8 @@ def _simulate_in_one_space(scenario: str, radius: Tensor, speed: Tensor, start: 
                 space.step(step)
         buffer.clear()
         pymunk.batch.get_space_bodies(space, pymunk.batch.BodyFields.POSITION, buffer)
-        position = np.frombuffer(bytes(buffer.float_buf()), np.float64)       # bytes: a copy
-        frames.append(position.reshape(B, N, 2))          # in the order of space.add
+        copied = bytes(buffer.float_buf())                # float64, in the order of space.add
+        frames.append(np.frombuffer(copied, np.float64).reshape(B, N, 2))
     return torch.from_numpy(np.stack(frames, 1)) - offset[:, None]
 
 
@@ -374,7 +376,7 @@ def closed_form(clips: Clips) -> Tensor:
         return position
 
     # A head-on elastic impact changes v to 2 v_cm - v, with v_cm of the centre of mass.
-    mass = (clips.radius ** 2)[..., None]                         # (B, N, 1)  but for a factor
+    mass = (clips.radius ** 2)[..., None]                         # (B, N, 1)  without factor pi
     v_cm = (mass * velocity).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
     velocity_after = 2 * v_cm - velocity                          # (B, N, 2)
     impact = impact_time(clips)[:, None, None, None]              # (B, 1, 1, 1)
