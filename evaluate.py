@@ -1,12 +1,12 @@
 """
 Evaluates any model that predicts frames, and keeps the results in a JSON file.
 
-`evaluate` gives the model the first frames of n clips, measures the predicted frames (reward.py),
-and returns the mean and the standard error of each measure. `add_row` adds a model to the file,
-`table` returns the file as text, `difference` compares two models clip by clip.
+`evaluate` gives a model the first frames of n clips, measures the frames that it predicts
+(reward.py), and returns the mean and the standard error of each measure.
 
-The file (results.json) is {row: {scenario: {split: what `evaluate` returns}}}, with the key "of",
-[n, size, seed], added to each result.
+The other functions write and read a file, results.json. It holds a row per model:
+{row: {scenario: {split: result}}}, where a result is what `evaluate` returns and "of", the
+[n, size, seed] for which it was measured.
 """
 import math
 from pathlib import Path
@@ -20,15 +20,15 @@ import sim
 from checkpoint import read_json, write_json
 from sim import CONDITION
 
-Predictor = Callable[[Tensor], Tensor]      # the first frames of clips -> whole clips
-EVAL_SEED = 1_000_003       # of the clips in all tables; held out, because no training uses it
+Predictor = Callable[[Tensor], Tensor]      # the first frames of clips -> all their frames
+EVAL_SEED = 1_000_003       # seed of the clips of all tables: held out, no training uses it
 SPLITS = ("iid", "ood", "slow", "fast", "small", "large")
-COLUMNS = ("velocity_error", "drift_error", "radius_error", "missing", "reward")
-PAIRED = ("reward", "drift_error")      # kept of every clip, for `difference`
+COLUMNS = ("velocity_error", "drift_error", "radius_error", "missing", "reward")    # of `table`
+PAIRED = ("reward", "drift_error")          # measures stored for each clip, for `difference`
 
 
-def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: int, seed: int = 0,
-             *, size: int = 128, shown: int = CONDITION, batch: int = 64, device="cpu",
+def evaluate(predict: Predictor, scenario: str, split: str, n: int, seed: int = 0, *,
+             size: int = 128, shown: int = CONDITION, batch: int = 64, device="cpu",
              each: bool = False) -> dict:
     """
     Evaluates a model that is given the first `shown` frames of n clips.
@@ -36,8 +36,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
     predict: frames (B, shown, 3, size, size) in [0, 1] -> frames (B, 32, 3, size, size). Both are
     rounded to 8 bits, as in a saved video. shown = 32 evaluates a reconstruction.
     Returns the mean of each measure of reward.errors and reward.reward, its standard error as
-    `<name>_se`, n (clips measured) and left_out (clips in which no frame counts). With `each` also
-    the reward and the drift_error of every clip, NaN where it is left out.
+    `<name>_se`, n (clips with a velocity_error) and left_out (clips without one). With `each` also
+    the PAIRED measures of every clip, NaN where the clip is left out.
     Raises ValueError for an unknown split, n < 1, and a prediction of a wrong shape or with NaN.
     """
     clips = sim.sample(scenario, split, n, seed)
@@ -53,8 +53,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
             raise ValueError("predict returned NaN or infinity")
         predicted = _round(predicted)
         balls = reward.detect(predicted, truth.radius.shape[1])
-        batches.append(reward.errors(predicted, truth, balls)
-                       | reward.reward(predicted, truth, balls=balls))
+        errors = reward.errors(predicted, truth, balls)
+        batches.append(errors | reward.reward(predicted, truth, balls=balls))
 
     measured = {}                                                     # name -> (n,)
     for name in batches[0]:
@@ -71,11 +71,12 @@ def evaluate(predict: Callable[[Tensor], Tensor], scenario: str, split: str, n: 
 
 
 def _round(frames: Tensor) -> Tensor:
+    """To 8 bits and back."""
     return sim.to_uint8(frames).float() / 255
 
 
 def _mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over clips and its standard error. Clips that are NaN are left out."""
+    """Mean over clips and its standard error, without the clips that are NaN."""
     values = values[~values.isnan()]
     n = len(values)
     se = values.std() / math.sqrt(n) if n > 1 else torch.tensor(math.nan)
@@ -84,39 +85,41 @@ def _mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------ the file of results
 
-def add_row(path: Path, row: str, predict: Callable[[Tensor], Tensor], scenarios: list[str],
+def add_row(path: Path, row: str, predict: Predictor, scenarios: list[str],
             splits: tuple[str, ...], n: int, *, size: int, **options) -> None:
     """
-    Evaluates a model on all scenarios and splits and adds the results to the file as `row`.
+    Evaluates a model on all scenarios and splits and stores the results in the file as `row`.
 
-    Results for the same number of clips and the same size are kept, thus an interrupted table can
-    be continued. `options` are passed on to `evaluate`.
+    A stored result is kept if n and size are the same, thus an interrupted table can be continued:
+    `drop_rows` first if the model has changed. `options` are passed on to `evaluate`.
     """
     results = read_json(path)
-    of = [n, size, EVAL_SEED]
+    measured_for = [n, size, EVAL_SEED]
     for scenario in scenarios:
         for split in splits:
-            known = results.setdefault(row, {}).setdefault(scenario, {})
-            if known.get(split, {}).get("of") == of:
+            by_split = results.setdefault(row, {}).setdefault(scenario, {})
+            if by_split.get(split, {}).get("of") == measured_for:
                 continue
             result = evaluate(predict, scenario, split, n, EVAL_SEED,
                               size=size, each=True, **options)
-            known[split] = result | {"of": of}
+            by_split[split] = result | {"of": measured_for}
             write_json(path, results)
 
 
 def add_rows(config, predictors: dict[str, Predictor], size: int, world, splits=SPLITS, n: int = 0,
              shown: int = CONDITION) -> Path:
     """
-    Rows {name: predictor} of <config.out>/results.json, on every motion of config.scenario and n
-    clips per split (0: config.eval_clips). Rank 0 evaluates, the others wait. -> the file's path.
+    Adds a row {name: predictor} per model to <config.out>/results.json -> the file's path.
+
+    Scenarios: config.scenario, or all. n: clips per split, 0 for config.eval_clips. config and
+    world: of the training stage (train.py). Rank 0 evaluates, the other ranks wait.
     """
     path = Path(config.out, "results.json")
-    motions = sim.SCENARIOS if config.scenario == "all" else [config.scenario]
+    scenarios = sim.SCENARIOS if config.scenario == "all" else [config.scenario]
     if world.is_main:
         for row, predict in predictors.items():
-            add_row(path, row, predict, motions, splits, n or config.eval_clips, size=size,
-                    shown=shown, device=world.device)
+            add_row(path, row, predict, scenarios, splits, n or config.eval_clips,
+                    size=size, shown=shown, device=world.device)
     world.barrier()
     return path
 
@@ -131,20 +134,19 @@ def drop_rows(path: Path, *rows: str) -> None:
 
 def table(path: Path) -> str:
     """The file as text: a block per scenario and split, a line per row, mean +- standard error."""
-    results = read_json(path)
     blocks = {}                                       # (scenario, split) -> {row: result}
-    for name, row in results.items():
-        for scenario, by_split in row.items():
+    for row, by_scenario in read_json(path).items():
+        for scenario, by_split in by_scenario.items():
             for split, result in by_split.items():
-                blocks.setdefault((scenario, split), {})[name] = result
+                blocks.setdefault((scenario, split), {})[row] = result
     lines = []
     for (scenario, split), rows in blocks.items():
         title = f"\n{scenario}, {split}".ljust(24)
-        lines.append(title + "clips" + "".join(f"{column:>17s}" for column in COLUMNS))
-        for name, result in rows.items():
-            line = f"  {name:20s}{result['n']:6d}"
-            for column in COLUMNS:
-                line += f"{result[column]:9.3f} +-{result[column + '_se']:6.3f}"
+        lines.append(title + "clips" + "".join(f"{name:>17s}" for name in COLUMNS))
+        for row, result in rows.items():
+            line = f"  {row:20s}{result['n']:6d}"
+            for name in COLUMNS:
+                line += f"{result[name]:9.3f} +-{result[name + '_se']:6.3f}"
             lines.append(line)
     return "\n".join(lines)
 
@@ -159,11 +161,11 @@ def difference(path: Path, before: str, after: str) -> str:
     title = f"{after} minus {before}, the same clips".ljust(42)
     lines = [title + "".join(f"{name:>28s}" for name in PAIRED)]
     for scenario, by_split in results[after].items():
-        for split in by_split:
+        for split, result in by_split.items():
             line = f"  {scenario}, {split}".ljust(42)
             for name in PAIRED:
-                old, new = (torch.tensor(results[row][scenario][split]["each"][name])
-                            for row in (before, after))
+                old = torch.tensor(results[before][scenario][split]["each"][name])
+                new = torch.tensor(result["each"][name])
                 mean, se = _mean_and_se(new - old)
                 line += f"{mean:+10.3f} +-{se:6.3f} ({mean / se:+5.1f})"
             lines.append(line)

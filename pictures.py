@@ -1,138 +1,166 @@
 """
-Film strips (PNG) and moving pictures (GIF) of clips, with the true balls outlined over predictions.
+Film strips (PNG) and GIFs of clips, with the true balls outlined over the predicted frames.
 
-Drawn at twice the size and reduced, by Pillow alone.
+Drawn with Pillow, at twice the size, and reduced to half at the end: this smooths text and lines.
 
-Axes: n clips, F frames, H W pixels, N balls.
+Axes: n clips, F frames, N balls, H W pixels.
 """
-import os
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from evaluate import EVAL_SEED
+from checkpoint import replacing
+from evaluate import EVAL_SEED, Predictor
 from sim import CONDITION, DT, WORLD, Clips, render, sample, to_uint8
+
+INK, GREY, BLUE = (30, 30, 30), (190, 190, 190), (0, 90, 180)
+FONT_SIZE, LINE, GAP = 26, 36, 8        # pixels before the reduction; LINE is the height of a line
 
 
 def save_picture(path, picture: Image.Image, **options) -> None:
-    """Writes aside and renames: a write that breaks off leaves no half picture."""
+    """Saves a picture as a whole file or not at all, in a folder that is made if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    try:
-        picture.save(aside, format=path.suffix[1:], **options)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as part:
+        picture.save(part, format=path.suffix[1:], **options)
 
 
-def _tile(groups: list, columns: list[str], spans: list, given: int, pixels: int) -> Image.Image:
+def _true_balls(truth: list[Clips], i: int, f: int) -> list[tuple[Tensor, Tensor]]:
+    """Centre (2,) and radius () of each ball of clip i in frame f; no ball if `truth` is empty."""
+    return list(zip(truth[i].position[0, f], truth[i].radius[0])) if truth else []
+
+
+def _draw_frame(frame: Tensor, balls: list, side: int, given: bool) -> Image.Image:
+    """A frame (3, H, W) with the outlines of balls and a border, which is blue if it is given."""
+    pixels = to_uint8(frame).permute(1, 2, 0).cpu().numpy()
+    picture = Image.fromarray(pixels).resize((side, side), Image.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    for center, radius in balls:
+        x, y, r = (value * side / WORLD for value in (*center.tolist(), radius.item()))
+        y = side - y                                   # row 0 is on top
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=INK, width=3)
+    color, width = (BLUE, 6) if given else (GREY, 2)
+    draw.rectangle((0, 0, side - 1, side - 1), outline=color, width=width)
+    return picture
+
+
+def _draw_table(groups: list, columns: list[str], spans: list, given: int,
+                pixels: int) -> Image.Image:
     """
-    A table of pictures, drawn at twice the size and reduced.
+    A table of frames, `pixels` wide each, with labelled rows and columns.
 
-    groups: (title, {label: pictures (n, 3, H, W)}, balls), set apart from each other; `balls`, per
-    column (centres (N, 2), radii (N,)), are outlined over every picture. columns: n headings.
-    spans: (text, first, end) over the headings. The first `given` columns are framed in blue.
+    groups: (title, {label: frames (n, 3, H, W)}, balls): rows that are set apart from other groups.
+    balls: the `_true_balls` of each column, outlined in all its rows. columns: n headings.
+    spans: (text, first, end), a heading over the columns first to end - 1. given: number of columns
+    with a blue border.
     """
-    font = ImageFont.load_default(size=26)
-    side, gap, line = 2 * pixels, 8, 36
-    ink, grey, blue = (30, 30, 30), (190, 190, 190), (0, 90, 180)
-    labels = [label for _, rows, _ in groups for label in rows]
-    widest = max(font.getlength(label) for label in labels)
-    left = gap + 2 * bool(widest) * gap + int(widest) // 2 * 2           # even: frames stay sharp
-    lines = max(heading.count("\n") + bool(heading) for heading in columns)
-    top = gap + line * lines + (line + gap) * bool(spans)
-    heights = [(line + gap) * bool(title) + (side + gap) * len(rows) + 2 * gap
-               for title, rows, _ in groups]
-    x = [left + column * (side + gap) for column in range(len(columns) + 1)]
-    canvas = Image.new("RGB", (x[-1], top + sum(heights)), "white")
+    font = ImageFont.load_default(size=FONT_SIZE)
+    side = 2 * pixels
+    label_width = max(font.getlength(label) for _, rows, _ in groups for label in rows)
+    left = GAP + int(label_width) // 2 * 2             # even: frames stay sharp when reduced
+    if label_width > 0:
+        left += 2 * GAP
+    x = [left + column * (side + GAP) for column in range(len(columns) + 1)]
+
+    top = GAP + LINE * max(len(heading.splitlines()) for heading in columns)
+    if spans:
+        top += LINE + GAP
+    height = top
+    for title, rows, _ in groups:
+        height += (side + GAP) * len(rows) + 2 * GAP
+        if title:
+            height += LINE + GAP
+    canvas = Image.new("RGB", (x[-1], height), "white")
     draw = ImageDraw.Draw(canvas)
+
     for text, first, end in spans:
-        color, middle = blue if first < given else ink, (x[first] + x[end] - gap) / 2
-        draw.text((middle, line), text, color, font, anchor="ms")
-        draw.line((x[first], line + gap, x[end] - gap - 1, line + gap), color, width=3)
+        color = BLUE if first < given else INK
+        right = x[end] - GAP
+        draw.text(((x[first] + right) / 2, LINE), text, color, font, anchor="ms")
+        draw.line((x[first], LINE + GAP, right - 1, LINE + GAP), color, width=3)
     for column, heading in enumerate(columns):
-        for i, text in enumerate(reversed(heading.split("\n"))):
-            draw.text((x[column] + side / 2, top - gap - i * line), text, ink, font, anchor="ms")
+        for i, text in enumerate(reversed(heading.splitlines())):      # from the lowest line up
+            place = (x[column] + side / 2, top - GAP - i * LINE)
+            draw.text(place, text, INK, font, anchor="ms")
+
     y = top
     for title, rows, balls in groups:
         if title:
-            y += line + gap
-            draw.text((left, y - gap), title, ink, font, anchor="ls", stroke_width=0.5)
-        for label, pictures in rows.items():
-            draw.text((left - 2 * gap, y + pixels), label, ink, font, anchor="rm")
-            images = to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
-            for column, picture in enumerate(images):
-                tile = Image.fromarray(picture).resize((side, side), Image.BICUBIC)
-                brush = ImageDraw.Draw(tile)
-                for center, radius in zip(*balls[column]) if balls else ():
-                    a, b, r = (value * side / WORLD for value in (*center.tolist(), radius.item()))
-                    brush.ellipse((a - r, side - b - r, a + r, side - b + r), outline=ink, width=3)
-                color, width = (blue, 6) if column < given else (grey, 2)
-                brush.rectangle((0, 0, side - 1, side - 1), outline=color, width=width)
-                canvas.paste(tile, (x[column], y))
-            y += side + gap
-        y += 2 * gap
+            y += LINE + GAP
+            draw.text((left, y - GAP), title, INK, font, anchor="ls", stroke_width=0.5)
+        for label, frames in rows.items():
+            draw.text((left - 2 * GAP, y + pixels), label, INK, font, anchor="rm")
+            for column, frame in enumerate(frames):
+                picture = _draw_frame(frame, balls[column], side, column < given)
+                canvas.paste(picture, (x[column], y))
+            y += side + GAP
+        y += 2 * GAP
     return canvas.reduce(2)
 
 
 def save_strip(path, videos: dict[str, Tensor], names: list[str], *, truth: list[Clips] = (),
                given: int = 0, every: int = 4, columns: list[str] = (), pixels: int = 80) -> None:
     """
-    A film strip as one PNG. Each clip is a group of rows, one row per label.
+    A film strip as one PNG: time runs to the right. Each clip is a group with one row per video.
 
-    videos: {label: (n, F, 3, H, W)}; names: one per clip. truth: n times one clip, whose balls are
-    outlined over every picture. Shown are the last of the `given` frames, framed, and from there on
-    every `every`-th, under their times; with headings in `columns`, all F pictures under those.
+    videos: {label: (n, F, 3, H, W)}; names: one per clip. truth: per clip a `Clips` of length 1,
+    whose balls are outlined over every picture. The strip shows every `every`-th frame under its
+    time, from the last `given` one on; with `columns`, F headings, it shows all frames.
     """
     F = next(iter(videos.values())).shape[1]
-    shown = list(range(F) if columns else range(max(given - 1, 0), F, every))
-    columns = list(columns) or [f"{DT * f:.1f} s" for f in shown]
+    if columns:
+        shown = list(range(F))
+    else:
+        shown = list(range(max(given - 1, 0), F, every))
+        columns = [f"{DT * f:.1f} s" for f in shown]
     groups = []
     for i, name in enumerate(names):
         rows = {label: video[i, shown] for label, video in videos.items()}
-        balls = [(truth[i].position[0, f], truth[i].radius[0]) for f in shown] if truth else ()
+        balls = [_true_balls(truth, i, f) for f in shown]
         groups.append((name.replace("\n", ", "), rows, balls))
-    n = sum(f < given for f in shown)
-    spans = [("given", 0, n), ("predicted", n, len(shown))] if n else []
-    save_picture(path, _tile(groups, columns, spans, n, pixels))
+    shown_given = sum(f < given for f in shown)
+    spans = []
+    if shown_given:
+        spans = [("given", 0, shown_given), ("predicted", shown_given, len(shown))]
+    save_picture(path, _draw_table(groups, columns, spans, shown_given, pixels))
 
 
 def save_gif(path, videos: dict[str, Tensor], names: list[str], *, truth: list[Clips] = (),
              given: int = 0, pixels: int = 128) -> None:
     """
-    A moving picture: clips side by side under their names, a row per label (see `save_strip`).
+    A GIF: clips side by side under their names, one row per video. Arguments as for `save_strip`.
 
     It plays in real time, but holds the last given frame for 0.5 s and the last of all for 1.5 s.
     """
-    F, n, images = next(iter(videos.values())).shape[1], len(names), []
+    F = next(iter(videos.values())).shape[1]
+    n = len(names)
+    images = []
     for f in range(F):
         rows = {label: video[:, f] for label, video in videos.items()}
-        balls = [(clip.position[0, f], clip.radius[0]) for clip in truth]
+        balls = [_true_balls(truth, i, f) for i in range(n)]
         text = f"{DT * f:.1f} s"
         if given:
             text = f"{'given' if f < given else 'predicted'}, {text}"
-        images.append(_tile([("", rows, balls)], names, [(text, 0, n)], n * (f < given), pixels))
+        blue = n if f < given else 0                   # all columns or none
+        images.append(_draw_table([("", rows, balls)], names, [(text, 0, n)], blue, pixels))
+
+    # All images as one, below each other, get one palette of 64 colours.
     stack = np.concatenate(images)
     stack[stack >= 248] = 255                          # noise too faint to be seen triples the file
     stack = Image.fromarray(stack).quantize(64, dither=Image.Dither.NONE)
     width, height = images[0].size
     first, *others = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(F)]
-    hold = {given - 1: 500, F - 1: 1500}
-    duration = [hold.get(f, int(1000 * DT)) for f in range(F)]                     # milliseconds
+    hold = {given - 1: 500, F - 1: 1500}               # milliseconds
+    duration = [hold.get(f, int(1000 * DT)) for f in range(F)]
     save_picture(path, first, save_all=True, append_images=others, duration=duration, loop=0)
 
 
-def save_predictions(out: Path, predictors: dict[str, Callable[[Tensor], Tensor]], scenario: str,
-                     size: int, device) -> None:
-    """
-    <out>/clips.gif and clips.png: the first held-out clip of five splits, truth above predictions.
-    predictors: as evaluate.evaluate wants them.
-    """
+def save_predictions(out: Path, predictors: dict[str, Predictor], scenario: str, size: int,
+                     device) -> None:
+    """<out>/clips.gif and clips.png: a held-out clip of each of five splits, true and predicted."""
     splits = ("posttrain", "iid", "fast", "large", "slow")
     clips = [sample(scenario, split, 1, EVAL_SEED) for split in splits]
     frames = torch.cat([render(c.position, c.radius, size) for c in clips]).to(device)

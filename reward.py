@@ -9,16 +9,16 @@ Source: Phys-AR, section 3.4 and appendix D.
     reward           their sum                       (Eq. 7)
 
 What the paper leaves open, decided here
-1. v is the change of the ball's centre from frame f to f + 1 over 0.1 s, v^ that of the true ball.
-2. A pair (f, f + 1) counts if f >= 3 and the true ball is wholly in view in both frames.
-3. In collisions the reward leaves out the pair with the impact, the errors also all pairs before.
-4. A ball that is not found counts as an error of 10 units/s and of 2 units in radius. No ball that
-   is found has a larger error, thus losing a ball never pays.
+1. v is the change of the ball's centre from frame f to f + 1, per second; v^ is the true ball's.
+2. A frame f counts if f >= 3 and the true ball is wholly in view; a pair (f, f + 1) if both count.
+3. In a collision the reward leaves out the pair with the impact, the errors also all pairs before.
+4. A ball that is not found counts as an error of 10 units/s and of 2 units in radius. Errors of a
+   ball that is found are limited to these values, thus losing a ball never pays.
 5. Errors are averaged over time, then over balls.
 6. A second velocity error, `drift_error`, is |mean (v - v^)|: noise between frames averages out.
    PhyWorld's evaluator measures this one, thus very likely the paper's tables hold it.
 
-    python reward.py          # the calibration table: what does each kind of wrong video score?
+    python reward.py          # the calibration table: errors and reward of right and wrong videos
 
 Takes 20 seconds on 2 CPU cores. Perfect 128-pixel frames have a velocity_error of 0.0014 and a
 reward of 4.99; the largest reward is 5.
@@ -40,9 +40,9 @@ from sim import CONDITION, DT, FRAMES, WORLD, Clips
 ALPHA = 4.0             # alpha of Eq. 5
 DECAY = 1.4             # k of Eq. 5
 MISSING = 10.0          # units per second: velocity error of a ball that is not found
-RADIUS_MISSING = 2.0    # units: its radius error, the largest radius of any split
-SMALLEST = 0.15         # units: a smaller disc is no ball; half the smallest radius of any split
-MARGIN = 2.0            # pixels: width of the ring around a ball that holds its blurred edge
+RADIUS_MISSING = 2.0    # units: its radius error; equal to the largest radius of any split
+SMALLEST = 0.15         # units: least radius of a ball, half the smallest radius of any split
+MARGIN = 2.0            # pixels added to a ball's radius, to include its blurred edge
 
 
 # ------------------------------------------------------------------ finding the balls
@@ -54,11 +54,11 @@ def detect(frames: Tensor, n_balls: int) -> tuple[Tensor, Tensor, Tensor]:
     frames (B, F, 3, H, W) in [0, 1] -> center (B, F, N, 2) and radius (B, F, N) in world units,
     found (B, F, N) bool. center and radius are NaN where found is False.
 
-    First the colours give the coverage: the share of each pixel that a ball fills. This is exact
-    for every mix of white, red and blue, also where two balls touch; other colours (green, black,
-    magenta) give 0. Then the pixels that are more than half covered give a rough disc. Last, the
-    coverage within this disc and a margin gives the precise centre and area. Noise elsewhere in
-    the frame has no influence.
+    1. The colours give the coverage, the share of each pixel that the ball fills. This is exact for
+       every mix of white, red and blue; other colours (green, black, magenta) give 0.
+    2. The pixels that are more than half covered give a rough disc.
+    3. The coverage within this disc and a margin gives the precise centre and area. Noise elsewhere
+       in the frame has no influence.
     Raises ValueError for a wrong shape, integers or NaN.
     """
     if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape[3] != frames.shape[4]:
@@ -85,16 +85,17 @@ def detect(frames: Tensor, n_balls: int) -> tuple[Tensor, Tensor, Tensor]:
     area, x, y = _area_and_center(coverage * near)
     found = area >= math.pi * (SMALLEST * size / WORLD) ** 2
     unit = WORLD / size                                               # world units per pixel
-    center = torch.stack([x, size - y], -1) * unit                    # (B, F, N, 2)
+    center = torch.stack([x, size - y], -1) * unit                    # (B, F, N, 2), y up
     radius = (area.clamp(min=0) / math.pi).sqrt() * unit
-    return center.where(found[..., None], math.nan), radius.where(found, math.nan), found
+    center = center.where(found[..., None], math.nan)
+    return center, radius.where(found, math.nan), found
 
 
 def _area_and_center(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, F, N, H, W) -> sum, x and y of the weighted mean, in pixels from the top left."""
+    """(B, F, N, H, W) -> sum of weights; x and y of their centre, in pixels from the top left."""
     axis = torch.arange(weight.shape[-1], device=weight.device) + 0.5
     area = weight.sum((-2, -1))
-    x = (weight.sum(-2) * axis).sum(-1) / area
+    x = (weight.sum(-2) * axis).sum(-1) / area                        # NaN where area is 0
     y = (weight.sum(-1) * axis).sum(-1) / area
     return area, x, y
 
@@ -103,12 +104,12 @@ def _area_and_center(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class Comparison:
-    """The balls of a video beside the true ones, in all frames, whether they count or not."""
-    velocity_difference: Tensor     # (B, F-1, N, 2)  v - v^; 0 where the ball is not found
-    speed_error: Tensor             # (B, F-1, N)     |v - v^|; MISSING where it is not found
-    found_both: Tensor              # (B, F-1, N)     found in both frames of the pair
-    radius_error: Tensor            # (B, F, N)       |r - r^|; RADIUS_MISSING where not found
+    """The errors of all frames and pairs, whether they count or not. See point 4 in the head."""
     found: Tensor                   # (B, F, N)
+    found_pair: Tensor              # (B, F-1, N)     found in both frames of the pair
+    velocity_difference: Tensor     # (B, F-1, N, 2)  v - v^, at most MISSING long; 0 if not found
+    velocity_error: Tensor          # (B, F-1, N)     its length; MISSING if not found
+    radius_error: Tensor            # (B, F, N)       |r - r^|; RADIUS_MISSING if not found
 
 
 def _compare(frames: Tensor, clips: Clips, balls: tuple | None) -> Comparison:
@@ -116,46 +117,43 @@ def _compare(frames: Tensor, clips: Clips, balls: tuple | None) -> Comparison:
         raise ValueError(f"{len(clips)} clips of {FRAMES} frames cannot be compared with frames of "
                          f"shape {tuple(frames.shape)}")
     center, radius, found = balls or detect(frames, clips.radius.shape[1])
-    found_both = found[:, 1:] & found[:, :-1]
+    found_pair = found[:, 1:] & found[:, :-1]
 
-    moved, truly = center.diff(dim=1), clips.position.diff(dim=1)     # (B, F-1, N, 2)
-    difference = ((moved - truly) / DT).float()                       # v - v^
-    difference = torch.where(found_both[..., None], difference, 0)
+    step, true_step = center.diff(dim=1), clips.position.diff(dim=1)  # (B, F-1, N, 2)
+    difference = ((step - true_step) / DT).float()                    # v - v^
+    difference = torch.where(found_pair[..., None], difference, 0)
     length = difference.norm(dim=-1)                                  # (B, F-1, N)
-    difference *= (MISSING / length.clamp(min=MISSING))[..., None]    # at most MISSING long
-    speed_error = torch.where(found_both, length.clamp(max=MISSING), MISSING)
+    difference *= (MISSING / length.clamp(min=MISSING))[..., None]
+    velocity_error = torch.where(found_pair, length.clamp(max=MISSING), MISSING)
 
     radius_error = (radius - clips.radius[:, None].float()).abs()     # (B, F, N)
     radius_error = radius_error.clamp(max=RADIUS_MISSING).where(found, RADIUS_MISSING)
-    return Comparison(difference, speed_error, found_both, radius_error, found)
+    return Comparison(found, found_pair, difference, velocity_error, radius_error)
 
 
 def _frame_mask(clips: Clips) -> Tensor:
-    """The frames that count (B, F, N): predicted, and the true ball is wholly in view."""
+    """The frames that count (B, F, N): point 2 in the head."""
     predicted = torch.arange(FRAMES, device=clips.inside.device) >= CONDITION
     return clips.inside & predicted[:, None]
 
 
-def _pair_mask(clips: Clips, after_impact: bool) -> Tensor:
-    """The pairs that count (B, F-1, N): points 2 and 3 in the file's head."""
-    mask = _frame_mask(clips)
-    mask = mask[:, 1:] & mask[:, :-1]
+def _pair_mask(clips: Clips, only_after_impact: bool) -> Tensor:
+    """The pairs that count (B, F-1, N): points 2 and 3 in the head."""
+    frame_mask = _frame_mask(clips)
+    mask = frame_mask[:, 1:] & frame_mask[:, :-1]
     if clips.scenario != "collision":
         return mask
-    f = torch.arange(FRAMES - 1, device=mask.device)
+    f = torch.arange(FRAMES - 1, device=mask.device)                  # first frame of the pair
     impact = sim.impact_time(clips)[:, None] / DT                     # (B, 1), in frames
     before, after = f + 1 <= impact, f >= impact                      # (B, F-1)
-    counts = after if after_impact else before | after
+    counts = after if only_after_impact else before | after
     return mask & counts[..., None]
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    """
-    Mean over time, then over balls, of the entries in the mask: (B, F, N) -> (B,).
-    NaN if there are none.
-    """
+    """Mean over time, then over balls, of x where mask is True: (B, F, N) -> (B,), or NaN."""
     per_ball = torch.where(mask, x, 0).sum(1) / mask.sum(1)           # (B, N), 0 / 0 = NaN
-    return per_ball.nanmean(-1)
+    return per_ball.nanmean(-1)                                       # of the balls that count
 
 
 def errors(frames: Tensor, clips: Clips, balls: tuple | None = None) -> dict[str, Tensor]:
@@ -163,22 +161,24 @@ def errors(frames: Tensor, clips: Clips, balls: tuple | None = None) -> dict[str
     frames (B, F, 3, H, W) -> {velocity_error, drift_error, radius_error, missing}, each (B,).
 
     velocity_error and drift_error are in units per second, radius_error in units; missing is the
-    share of frames in which the ball is not found. NaN for a clip in which no frame counts, because
-    its balls leave the view too early. balls: what `detect` returns, where it is known already.
+    share of frames in which the ball is not found. An error is NaN for a clip in which nothing that
+    it measures counts, because the balls leave the view too early.
+    balls: what `detect` returns, to avoid a second detection.
     """
-    c = _compare(frames, clips, balls)
+    compared = _compare(frames, clips, balls)
     frame_mask = _frame_mask(clips)                                   # (B, F, N)
-    pair_mask = _pair_mask(clips, after_impact=True)                  # (B, F-1, N)
+    pair_mask = _pair_mask(clips, only_after_impact=True)             # (B, F-1, N)
 
-    pairs = pair_mask.sum(1)                                          # (B, N)
-    drift = torch.where(pair_mask[..., None], c.velocity_difference, 0).sum(1) / pairs[..., None]
-    lost = (pair_mask & ~c.found_both).sum(1) / pairs                 # share of the pairs
+    difference = torch.where(pair_mask[..., None], compared.velocity_difference, 0)
+    count = pair_mask.sum(1)                                          # (B, N)
+    drift = difference.sum(1) / count[..., None]                      # (B, N, 2)
+    lost = (pair_mask & ~compared.found_pair).sum(1) / count          # share of the pairs
     drift_error = drift.norm(dim=-1) + MISSING * lost                 # (B, N)
     return {
-        "velocity_error": _mean(c.speed_error, pair_mask),
+        "velocity_error": _mean(compared.velocity_error, pair_mask),
         "drift_error": drift_error.nanmean(-1),
-        "radius_error": _mean(c.radius_error, frame_mask),
-        "missing": _mean((~c.found).float(), frame_mask),
+        "radius_error": _mean(compared.radius_error, frame_mask),
+        "missing": _mean((~compared.found).float(), frame_mask),
     }
 
 
@@ -190,49 +190,50 @@ def reward(frames: Tensor, clips: Clips, horizon: int = 0,
     frames (B, F, 3, H, W) -> {reward, velocity, mass}, each (B,), by Eq. 4-7.
 
     velocity is in (0, 4], mass in [-1, 1], reward is their sum. NaN for a clip in which no frame
-    counts. With a horizon also `ahead` (B, F): for each frame the reward of only this frame and the
-    horizon - 1 frames after it, NaN where none of them counts. balls: as for `errors`.
+    or no pair counts. horizon > 0 adds `ahead` (B, F): for each frame f the reward computed from
+    the frames f to f + horizon - 1 only, NaN where none of them counts. balls: as for `errors`.
     """
-    c = _compare(frames, clips, balls)
+    compared = _compare(frames, clips, balls)
     frame_mask = _frame_mask(clips)                                   # (B, F, N)
-    pair_mask = _pair_mask(clips, after_impact=False)                 # (B, F-1, N)
+    pair_mask = _pair_mask(clips, only_after_impact=False)            # (B, F-1, N)
 
-    velocity_error = _mean(c.speed_error, pair_mask)                  # (B,)  Eq. 4
-    radius_error = _mean(c.radius_error, frame_mask)
+    velocity_error = _mean(compared.velocity_error, pair_mask)        # (B,)  Eq. 4
+    radius_error = _mean(compared.radius_error, frame_mask)
     velocity = ALPHA * torch.exp(-DECAY * velocity_error)             #       Eq. 5
     mass = 1 - radius_error                                           #       Eq. 6
-    total = velocity + mass                                           #       Eq. 7
-    result = {"reward": total, "velocity": velocity, "mass": mass}
+    result = {"reward": velocity + mass, "velocity": velocity, "mass": mass}     # Eq. 7
 
-    if horizon:                                                       # the same for each frame
+    if horizon:
         # A pair belongs to the frame in which it ends: (B, F-1, N) -> (B, F, N).
-        speed_error = nnf.pad(c.speed_error, (0, 0, 1, 0))
+        velocity_error = nnf.pad(compared.velocity_error, (0, 0, 1, 0))
         pair_mask = nnf.pad(pair_mask, (0, 0, 1, 0))
-        velocity_error = _mean_ahead(speed_error, pair_mask, horizon) # (B, F)
-        radius_error = _mean_ahead(c.radius_error, frame_mask, horizon)
+        velocity_error = _mean_ahead(velocity_error, pair_mask, horizon)      # (B, F)
+        radius_error = _mean_ahead(compared.radius_error, frame_mask, horizon)
         result["ahead"] = ALPHA * torch.exp(-DECAY * velocity_error) + 1 - radius_error
     return result
 
 
 def _mean_ahead(x: Tensor, mask: Tensor, horizon: int) -> Tensor:
-    """As _mean, of each frame and the horizon - 1 after it: (B, F, N) -> (B, F)."""
+    """As `_mean`, but of the frames f to f + horizon - 1, for every f: (B, F, N) -> (B, F)."""
     total = _sum_ahead(torch.where(mask, x, 0), horizon)              # (B, F, N)
     count = _sum_ahead(mask.float(), horizon)
     return (total / count).nanmean(-1)
 
 
 def _sum_ahead(x: Tensor, horizon: int) -> Tensor:
-    x = nnf.pad(x, (0, 0, 0, horizon - 1))                            # (B, F + horizon - 1, N)
-    windows = x.unfold(1, horizon, 1)                                 # (B, F, N, horizon)
-    return windows.sum(-1)
+    """Sum over the frames f to f + horizon - 1, for every f: (B, F, N) -> (B, F, N)."""
+    x = nnf.pad(x, (0, 0, 0, horizon - 1))                            # zeros after the last frame
+    return x.unfold(1, horizon, 1).sum(-1)                            # windows (B, F, N, horizon)
 
 
 # ------------------------------------------------------------------ calibration
 
 def _wrong_videos() -> dict[str, Callable[[Tensor], Tensor]]:
     """Name -> a function that spoils true frames (B, F, 3, H, W)."""
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(FRAMES - CONDITION, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)                      # of the noise
+    order = torch.arange(FRAMES)
+    order[CONDITION:] = CONDITION + torch.randperm(
+        FRAMES - CONDITION, generator=torch.Generator().manual_seed(0))
 
     def noise(frames):
         return (frames + 0.02 * torch.randn(frames.shape, generator=generator)).clamp(0, 1)
@@ -241,18 +242,17 @@ def _wrong_videos() -> dict[str, Callable[[Tensor], Tensor]]:
         blurred = nnf.avg_pool2d(frames.flatten(0, 1), 5, 1, 2, count_include_pad=False)
         return blurred.unflatten(0, frames.shape[:2])
 
-    def after_condition(change):
-        return lambda frames: torch.cat([frames[:, :CONDITION], change(frames)], 1)
+    def predicted(new):                                               # changes frames 3 to 31 only
+        return lambda frames: torch.cat([frames[:, :CONDITION], new(frames)[:, CONDITION:]], 1)
 
     return {
         "truth": lambda frames: frames,
         "noise 0.02": noise,
         "blur 5 x 5": blur,
-        "frozen": after_condition(
-            lambda f: f[:, CONDITION - 1:CONDITION].expand_as(f[:, CONDITION:])),
-        "shuffled": after_condition(lambda f: f[:, CONDITION + order]),
-        "wrong colour": after_condition(lambda f: f[:, CONDITION:, [1, 0, 2]]),  # red turns green
-        "all white": after_condition(lambda f: torch.ones_like(f[:, CONDITION:])),
+        "frozen": predicted(lambda frames: frames[:, CONDITION - 1, None].expand_as(frames)),
+        "shuffled": lambda frames: frames[:, order],
+        "wrong colour": predicted(lambda frames: frames[:, :, [1, 0, 2]]),    # red turns green
+        "all white": predicted(torch.ones_like),
     }
 
 
@@ -270,11 +270,11 @@ def main(argv: list[str] | None = None) -> None:
         title = f"\n{scenario}, {args.size} pixels, {args.n} clips"
         print(title.ljust(34) + "".join(f"{name:>16s}" for name in COLUMNS))
         videos = _wrong_videos()
-        rows = [(name, "iid", video) for name, video in videos.items()]
+        rows = [(name, "iid", spoil) for name, spoil in videos.items()]
         rows += [(f"truth, {split}", split, videos["truth"]) for split in SPLITS if split != "iid"]
-        for label, split, video in rows:
-            try:
-                result = evaluate(video, scenario, split, args.n, args.seed,
+        for label, split, spoil in rows:
+            try:                                                      # shown: spoil gets all frames
+                result = evaluate(spoil, scenario, split, args.n, args.seed,
                                   size=args.size, shown=FRAMES, batch=4)
             except ValueError as error:                               # of --n or --seed
                 parser.error(str(error))

@@ -1,21 +1,21 @@
 """
-Clips of moving balls: start rules, physics (pymunk), closed-form solution, renderer.
+Clips of moving balls: random initial states, simulation (pymunk), closed-form solution, renderer.
 
-A data set consists of the initial states of its clips only. `sample` draws and simulates them,
-`render` paints frames when they are needed. Three million clips of one ball take 100 MB as initial
-states; as stored 128 x 128 frames they would take 4.7 TB.
+No video is ever stored. `sample` draws the initial states and simulates them, `render` paints the
+frames when they are needed. Three million clips of one ball take 100 MB as initial states; as
+stored 128 x 128 frames they would take 4.7 TB.
 
 Source: PhyWorld's three motions, as used by Phys-AR (section 4.1 and appendix C).
-    uniform      one ball, no forces
-    parabola     one ball thrown horizontally, gravity 2.5
-    collision    two balls moving towards each other, elastic impact
+    uniform      one ball at constant velocity, moving right
+    parabola     one ball thrown to the right, gravity 2.5
+    collision    two balls moving towards each other, elastic impact, mass proportional to area
 
 Differences from PhyWorld's data
 1. Frame 0 is at t = 0; PhyWorld stores it one solver step (0.01 s) later.
 2. All impacts are elastic; PhyWorld's (Box2D) are inelastic at closing speeds of 1 or less.
-3. Edges are anti-aliased by area coverage, thus positions can be measured below a pixel.
-4. Collisions for which the view has no room are drawn again, not dropped.
-5. A range made of two intervals is drawn from uniformly over both.
+3. Edges are anti-aliased by area coverage, thus centres can be measured to a fraction of a pixel.
+4. A collision for which the view has no room is drawn again, not dropped.
+5. A value from two intervals is uniform over their union: a longer interval gets more values.
 
     python sim.py                            # a GIF and a PNG film strip per scenario in runs/sim
     python sim.py --split fast --size 256    # any split, any size
@@ -23,7 +23,7 @@ Differences from PhyWorld's data
 Takes 3 seconds on 2 CPU cores.
 
 Axes: B clips, F frames, N balls, C colour channels, H W pixels.
-Units: world units (the view is 10 x 10, y up), seconds, units per second. Frame f is at t = 0.1 f.
+Units: world units (the view is 10 x 10, y up), seconds, units per second. Frame f is at t = DT f.
 """
 import argparse
 import math
@@ -41,23 +41,23 @@ SCENARIOS = ("uniform", "parabola", "collision")
 WORLD = 10.0            # side of the square view
 DT = 0.1                # seconds between frames
 FRAMES = 32             # frames of a clip
-CONDITION = 3           # the first frames, which the models are given
-GRAVITY = 2.5           # of the parabola only
+CONDITION = 3           # number of first frames that a model is given
+GRAVITY = 2.5           # units / s^2, in the parabola only
 
-# PhyWorld's start rules
-IN_VIEW = 2.4           # seconds that a single ball stays in view, if the view has room for it
+# PhyWorld's rules for the initial position
+IN_VIEW = 2.4           # seconds that a single ball stays wholly in view, wherever this is possible
 IMPACT = (0.8, 2.4)     # seconds: the earliest and the latest impact of a collision
 GAP = 0.5               # units: least distance from a ball to the view's upper and lower edge
 DROP = 1.5              # units: largest distance from a thrown ball to the view's upper edge
 
-# The solver. An impact is noticed at most one step late. The position is then off by at most
-# (change of speed) * 0.1 / SUBSTEPS: about 0.006 at the fastest impact of any split.
+# The solver detects an impact at most one step late. The positions after it are then off by at most
+# (change of velocity) * DT / SUBSTEPS: about 0.006 at the fastest impact of any split.
 SUBSTEPS = 250          # solver steps per frame
-SCENES = 512            # clips that share one pymunk Space, because a Space per clip is slow
+SCENES = 512            # clips that are simulated in one pymunk Space: a Space per clip is slow
 
 # ------------------------------------------------------------------ splits
 
-# Phys-AR, section 4.1. A range is a union of intervals; `low` and `high` are the halves of `ood`.
+# Phys-AR, section 4.1. A range is a list of intervals; `low` and `high` are the halves of `ood`.
 RADIUS = {
     "pretrain": [(0.8, 1.4)],
     "posttrain": [(0.7, 0.8), (1.4, 1.5)],
@@ -75,8 +75,8 @@ SPEED = {
     "high": [(4.5, 6.0)],
 }
 
-# Split -> the range of each ball's radius, then of each ball's speed. Appendix C has the levels
-# `ood-...`. slow, fast, small and large are ours: the halves of ood-v and ood-r.
+# Split -> names of ranges: first the radius of each ball, then the speed of each ball. Appendix C
+# has the levels `ood-...`. slow, fast, small, large are ours: half of `ood`, for the first ball.
 ONE_BALL = {
     "pretrain": ("pretrain", "pretrain"),
     "posttrain": ("posttrain", "posttrain"),
@@ -107,7 +107,7 @@ TWO_BALLS = {
 
 
 def splits(scenario: str) -> dict[str, tuple[str, ...]]:
-    """The splits of a scenario, but for `ood`. Raises ValueError for an unknown scenario."""
+    """Split -> names of ranges, without `ood`. Raises ValueError for an unknown scenario."""
     if scenario not in SCENARIOS:
         choices = ", ".join(SCENARIOS)
         raise ValueError(f"unknown scenario {scenario!r}: choose one of {choices}")
@@ -115,7 +115,7 @@ def splits(scenario: str) -> dict[str, tuple[str, ...]]:
 
 
 def levels(scenario: str) -> list[str]:
-    """The out-of-distribution levels, which together are the split `ood`."""
+    """The splits of which `ood` is the union."""
     return [name for name in splits(scenario) if name.startswith("ood-")]
 
 
@@ -123,12 +123,12 @@ def levels(scenario: str) -> list[str]:
 
 @dataclass
 class Clips:
-    """Simulated clips. Positions are float64: they are the truth of every measurement."""
+    """B clips as numbers, not frames: float64, the ground truth of all measurements."""
     scenario: str
     radius: Tensor      # (B, N)
-    velocity: Tensor    # (B, N)        the initial speed >= 0, the paper's v
-    position: Tensor    # (B, F, N, 2)  centres
-    inside: Tensor      # (B, F, N)     whether the ball is wholly in view
+    velocity: Tensor    # (B, N)        initial speed (>= 0); the paper's v
+    position: Tensor    # (B, F, N, 2)  centres; F = 1 before the simulation
+    inside: Tensor      # (B, F, N)     True where the ball is wholly in view
 
     def __len__(self) -> int:
         return len(self.radius)
@@ -147,15 +147,15 @@ def sample(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
     """
     n simulated clips of a split. The same arguments give the same clips on every machine and rank.
 
-    split: pretrain, posttrain, iid, ood (all `levels` in equal shares), one level, slow, fast,
-    small or large.
+    split: pretrain, posttrain, iid, slow, fast, small, large, one of the `levels`, or ood: all
+    levels, one after the other, in equal shares.
     Raises ValueError for an unknown scenario or split, for n < 1 and for seed < 0.
     """
     return play(first_frames(scenario, split, n, seed))
 
 
 def first_frames(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
-    """As `sample`, but without the simulation: the clips have frame 0 only (F = 1)."""
+    """As `sample`, but not simulated: the clips hold the initial states only (F = 1)."""
     known = splits(scenario)
     if split not in known and split != "ood":
         choices = ", ".join(["ood", *known])
@@ -168,8 +168,9 @@ def first_frames(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
     names = levels(scenario) if split == "ood" else [split]
     states = []
     for i, name in enumerate(names):
-        count = n // len(names) + (i < n % len(names))
-        if count:
+        extra = i < n % len(names)                        # the remainder goes to the first ones
+        count = n // len(names) + extra
+        if count > 0:
             states.append(_initial_states(scenario, name, count, seed))
     radius, speed, start = (torch.from_numpy(np.concatenate(x)) for x in zip(*states))
     position = start[:, None]                             # (B, 1, N, 2)
@@ -177,7 +178,7 @@ def first_frames(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
 
 
 def play(first: Clips) -> Clips:
-    """Simulates clips from their first frame on."""
+    """Simulates clips of which only the initial states are known."""
     start = first.position[:, 0]
     position = simulate(first.scenario, first.radius, first.velocity, start)
     inside = _in_view(first.radius, position)
@@ -190,11 +191,13 @@ def _in_view(radius: Tensor, position: Tensor) -> Tensor:
     return ((position >= r) & (position <= WORLD - r)).all(-1)
 
 
-# ------------------------------------------------------------------ start rules
+# ------------------------------------------------------------------ initial states
 
 def _initial_states(scenario: str, split: str, n: int, seed: int) -> tuple[np.ndarray, ...]:
-    """-> radius (n, N), speed (n, N), first centres (n, N, 2)."""
-    rng = np.random.default_rng([seed, zlib.crc32(f"{scenario}/{split}".encode())])
+    """-> radius (n, N), speed (n, N), centre at t = 0 (n, N, 2)."""
+    # Each scenario and split has its own random stream. hash() would differ between processes.
+    stream = zlib.crc32(f"{scenario}/{split}".encode())
+    rng = np.random.default_rng([seed, stream])
     ranges = splits(scenario)[split]
     if scenario == "collision":
         return _start_collision(rng, ranges, n)
@@ -205,20 +208,21 @@ def _draw(rng: np.random.Generator, intervals: list[tuple[float, float]], n: int
     """n values, uniform over a union of intervals."""
     low, high = np.array(intervals).T
     length = high - low
-    end = length.cumsum()                                 # the intervals laid end to end
+    end = length.cumsum()                                 # the intervals laid end to end from 0
+    begin = end - length
     x = rng.uniform(0, end[-1], n)
     i = np.searchsorted(end, x)                           # the interval in which x lies
-    return low[i] + x - (end - length)[i]
+    return low[i] + x - begin[i]
 
 
 def _start_one_ball(rng: np.random.Generator, ranges: tuple[str, ...], n: int, thrown: bool):
     r = _draw(rng, RADIUS[ranges[0]], n)
     v = _draw(rng, SPEED[ranges[1]], n)
 
-    limit = WORLD - (IN_VIEW * v + r)                     # started further right, it leaves early
-    x_slow = rng.uniform(r, np.maximum(limit, r))
-    x_fast = r + rng.uniform(0, GAP, n)                   # it leaves early from everywhere
-    x = np.where(limit >= r, x_slow, x_fast)
+    rightmost = WORLD - (IN_VIEW * v + r)                 # started here, in view for IN_VIEW s
+    x_slow = rng.uniform(r, np.maximum(rightmost, r))
+    x_fast = r + rng.uniform(0, GAP, n)                   # too fast for it: near the left edge
+    x = np.where(rightmost >= r, x_slow, x_fast)
 
     lowest = WORLD - DROP - r if thrown else r + GAP
     y = rng.uniform(lowest, WORLD - GAP - r)
@@ -228,21 +232,22 @@ def _start_one_ball(rng: np.random.Generator, ranges: tuple[str, ...], n: int, t
 def _start_collision(rng: np.random.Generator, ranges: tuple[str, ...], n: int):
     r, v = np.zeros((n, 2)), np.zeros((n, 2))
     redo = np.ones(n, dtype=bool)
-    while redo.any():                                     # until all have room for an impact
+    while redo.any():
+        # Values for all n clips are drawn each time, and used where redo is True.
         new_r = np.stack([_draw(rng, RADIUS[name], n) for name in ranges[:2]], -1)
         new_v = np.stack([_draw(rng, SPEED[name], n) for name in ranges[2:]], -1)
         r = np.where(redo[:, None], new_r, r)
         v = np.where(redo[:, None], new_v, v)
 
-        # The distance between the centres at t = 0 decides when the balls meet.
+        # The distance of the centres at t = 0 decides when they are r1 + r2 apart: the impact.
         closing, touch = v.sum(1), r.sum(1)
         nearest = IMPACT[0] * closing + touch
-        farthest = np.minimum(IMPACT[1] * closing + touch, WORLD - touch)
-        redo = nearest > farthest
+        farthest = np.minimum(IMPACT[1] * closing + touch, WORLD - touch)     # both in view
+        redo = nearest > farthest                         # no room for this impact
 
     distance = rng.uniform(nearest, farthest)
-    limit = WORLD - r[:, 1] - distance                    # further right, ball 2 is out of view
-    x1 = rng.uniform(r[:, 0], np.maximum(limit, r[:, 0]))
+    rightmost = WORLD - r[:, 1] - distance                # of ball 1, with ball 2 in view
+    x1 = rng.uniform(r[:, 0], np.maximum(rightmost, r[:, 0]))
     x2 = x1 + distance
     y = rng.uniform(r.max(1) + GAP, WORLD - GAP - r.max(1))
     start = np.stack([np.stack([x1, y], -1), np.stack([x2, y], -1)], 1)
@@ -250,7 +255,7 @@ def _start_collision(rng: np.random.Generator, ranges: tuple[str, ...], n: int):
 
 
 def initial_velocity(speed: Tensor) -> Tensor:
-    """Speeds (B, N) -> velocities (B, N, 2). The first ball moves right, the second left."""
+    """Speed (B, N) -> velocity (B, N, 2). The first ball moves right, the second left."""
     sign = torch.tensor([1.0, -1.0], dtype=speed.dtype, device=speed.device)
     vx = speed * sign[:speed.shape[1]]
     return torch.stack([vx, torch.zeros_like(speed)], -1)
@@ -264,18 +269,19 @@ def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor,
     Simulates clips with pymunk -> positions (B, F, N, 2), float64.
 
     radius (B, N), velocity (B, N; the initial speed) and start (B, N, 2; the centres at t = 0).
+    scenes: number of clips that share a Space.
     Raises ValueError for wrong shapes, non-finite values, radius <= 0 and velocity < 0, for which
-    pymunk would abort the process or compute nonsense, and for balls that are outside the view's
-    height or not at the same height.
+    pymunk would abort the process or compute nonsense, and for balls that reach above or below the
+    view or start at different heights, which could hit balls of other clips.
     """
     radius, velocity, start = (torch.as_tensor(x, dtype=torch.float64).cpu()
                                for x in (radius, velocity, start))
     _check_states(scenario, radius, velocity, start)
     positions = []
     for i in range(0, len(radius), scenes):
-        j = i + scenes
-        positions.append(_simulate_together(
-            scenario, radius[i:j], velocity[i:j], start[i:j], substeps))
+        part = slice(i, i + scenes)
+        positions.append(_simulate_in_one_space(
+            scenario, radius[part], velocity[part], start[part], substeps))
     return torch.cat(positions)
 
 
@@ -302,11 +308,11 @@ def _check_finite(**tensors: Tensor) -> None:
             raise ValueError(f"{name} holds NaN or infinity")
 
 
-def _simulate_together(scenario: str, radius: Tensor, speed: Tensor, start: Tensor,
-                       substeps: int) -> Tensor:
+def _simulate_in_one_space(scenario: str, radius: Tensor, speed: Tensor, start: Tensor,
+                           substeps: int) -> Tensor:
     """
-    Simulates all clips in one Space. Clip b is moved up by b view heights. Balls of different clips
-    never touch, because all balls keep their height or fall alike.
+    As `simulate`. The clips are stacked: clip b is moved up by b view heights. Balls of different
+    clips never touch: single balls have no shape, and colliding balls keep their height.
     """
     B, N = radius.shape
     step = DT / substeps
@@ -314,8 +320,8 @@ def _simulate_together(scenario: str, radius: Tensor, speed: Tensor, start: Tens
     space = pymunk.Space()
     if scenario == "parabola":
         space.gravity = (0, -GRAVITY)
-        velocity[..., 1] -= GRAVITY * step / 2            # makes symplectic Euler exact here
-    offset = torch.zeros(B, 1, 2, dtype=torch.float64)
+        velocity[..., 1] -= GRAVITY * step / 2            # leapfrog: exact for constant forces
+    offset = torch.zeros(B, 1, 2, dtype=torch.float64)    # broadcasts over the balls
     offset[:, 0, 1] = WORLD * torch.arange(B)
 
     radii = radius.flatten().tolist()
@@ -327,7 +333,7 @@ def _simulate_together(scenario: str, radius: Tensor, speed: Tensor, start: Tens
         body.position = x, y
         body.velocity = vx, vy
         space.add(body)
-        if N > 1:                                         # only balls that collide need a shape
+        if N > 1:                                         # only a ball with a shape can collide
             circle = pymunk.Circle(body, r)
             circle.elasticity = 1.0
             circle.friction = 0.0
@@ -336,17 +342,18 @@ def _simulate_together(scenario: str, radius: Tensor, speed: Tensor, start: Tens
     buffer = pymunk.batch.Buffer()
     frames = []
     for f in range(FRAMES):
-        for _ in range(substeps if f else 0):
-            space.step(step)
+        if f > 0:
+            for _ in range(substeps):
+                space.step(step)
         buffer.clear()
         pymunk.batch.get_space_bodies(space, pymunk.batch.BodyFields.POSITION, buffer)
-        position = np.frombuffer(bytes(buffer.float_buf()), np.float64)
-        frames.append(position.reshape(B, N, 2))
+        copied = bytes(buffer.float_buf())                # float64, in the order of space.add
+        frames.append(np.frombuffer(copied, np.float64).reshape(B, N, 2))
     return torch.from_numpy(np.stack(frames, 1)) - offset[:, None]
 
 
 def impact_time(clips: Clips) -> Tensor:
-    """Seconds until the two balls touch (B,); infinity if they never do and for a single ball."""
+    """Seconds from t = 0 until the two balls touch (B,). inf if they never do or N = 1."""
     B, N = clips.radius.shape
     if N == 1:
         return torch.full((B,), math.inf, dtype=torch.float64, device=clips.radius.device)
@@ -357,7 +364,7 @@ def impact_time(clips: Clips) -> Tensor:
 
 
 def closed_form(clips: Clips) -> Tensor:
-    """The analytic solution from the clips' own first frame -> positions (B, F, N, 2), float64."""
+    """The exact positions, computed from the initial states only -> (B, F, N, 2), float64."""
     t = DT * torch.arange(FRAMES, dtype=torch.float64, device=clips.position.device)
     t = t[:, None, None]                                          # (F, 1, 1)
     start = clips.position[:, :1]                                 # (B, 1, N, 2)
@@ -368,14 +375,14 @@ def closed_form(clips: Clips) -> Tensor:
             position[..., 1] -= 0.5 * GRAVITY * t[..., 0] ** 2
         return position
 
-    # An elastic impact mirrors the velocities at the velocity of the centre of mass.
-    mass = (clips.radius ** 2)[..., None]                         # (B, N, 1)
-    mean = (mass * velocity).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
-    after = 2 * mean - velocity                                   # (B, N, 2)
-    hit = impact_time(clips)[:, None, None, None]                 # (B, 1, 1, 1)
-    time_before = t.minimum(hit)                                  # (B, F, 1, 1)
-    time_after = (t - hit).clamp(min=0)
-    return start + velocity[:, None] * time_before + after[:, None] * time_after
+    # A head-on elastic impact changes v to 2 v_cm - v, with v_cm of the centre of mass.
+    mass = (clips.radius ** 2)[..., None]                         # (B, N, 1)  without factor pi
+    v_cm = (mass * velocity).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
+    velocity_after = 2 * v_cm - velocity                          # (B, N, 2)
+    impact = impact_time(clips)[:, None, None, None]              # (B, 1, 1, 1)
+    time_before = t.minimum(impact)                               # (B, F, 1, 1)
+    time_after = (t - impact).clamp(min=0)
+    return start + velocity[:, None] * time_before + velocity_after[:, None] * time_after
 
 
 # ------------------------------------------------------------------ pictures
@@ -385,8 +392,8 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
     Paints balls on white -> frames (B, F, 3, size, size), float32 in [0, 1].
 
     position (B, F, N, 2) and radius (B, N) in world units, on any device. The first ball is red,
-    the second blue. A pixel's colour is mixed by the share of its area that a ball covers: the
-    pixel is cut into `slices` columns, and in each the disc is its exact chord.
+    the second blue. A pixel on an edge mixes white and the ball's colour by the share of its area
+    that the ball covers. This share is an integral: exact along y, a sum of `slices` along x.
     Raises ValueError for wrong shapes and for NaN.
     """
     if position.ndim != 4 or position.shape[-1] != 2 or radius.shape != position[:, 0, :, 0].shape:
@@ -403,18 +410,19 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
     left = edge[None, :]                                          # (1, W)
     top = edge[:, None]                                           # (H, 1)
 
-    covered = 0
+    covered = 0                                                   # share of each pixel
     for i in range(slices):
         x = left + (i + 0.5) / slices - cx                        # (B, F, N, 1, W)
-        half_chord = (r * r - x * x).clamp(min=0).sqrt()
+        half_chord = (r * r - x * x).clamp(min=0).sqrt()          # half the disc's height at x
         upper = (cy - half_chord).maximum(top)                    # (B, F, N, H, W)
         lower = (cy + half_chord).minimum(top + 1)
         covered = covered + (lower - upper).clamp(0, 1)
     covered = covered / slices
 
-    red = covered[:, :, 0]                                        # (B, F, H, W)
-    blue = covered[:, :, 1] if N > 1 else torch.zeros_like(red)
-    return torch.stack([1 - blue, 1 - red - blue, 1 - red], 2).clamp(0, 1)
+    red_ball = covered[:, :, 0]                                   # (B, F, H, W)
+    blue_ball = covered[:, :, 1] if N > 1 else torch.zeros_like(red_ball)
+    red, green, blue = 1 - blue_ball, 1 - red_ball - blue_ball, 1 - red_ball
+    return torch.stack([red, green, blue], 2).clamp(0, 1)
 
 
 def to_uint8(frames: Tensor) -> Tensor:
@@ -429,20 +437,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/sim", help="folder (default: runs/sim)")
     args = parser.parse_args(argv)
-    import pictures                                               # which imports this file
+    import pictures                                               # here: it imports sim itself
     try:
         if args.size < 8:
             raise ValueError(f"--size {args.size}: use at least 8 pixels")
         for scenario in SCENARIOS:
             clips = sample(scenario, args.split, 4, args.seed)
             frames = render(clips.position, clips.radius, args.size)
-            off = (clips.position - closed_form(clips)).norm(dim=-1).max()
+            error = (clips.position - closed_form(clips)).norm(dim=-1).max()
             names = [f"{args.split} {i + 1}" for i in range(len(clips))]
-            pictures.save_gif(Path(args.out, f"{scenario}.gif"), {"": frames}, names)
-            strip = dict(zip(names, frames[:, None]))
-            pictures.save_strip(Path(args.out, f"{scenario}.png"), strip, [""])
+            path = Path(args.out, scenario)
+            pictures.save_gif(path.with_suffix(".gif"), {"": frames}, names)      # side by side
+            rows = dict(zip(names, frames[:, None]))
+            pictures.save_strip(path.with_suffix(".png"), rows, [""])             # a row per clip
             print(f"{scenario:10s} {args.out}/{scenario}.gif, .png   4 {args.split} clips, "
-                  f"at most {off:.4f} units from the closed form")
+                  f"at most {error:.4f} units from the closed form")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
