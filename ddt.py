@@ -827,6 +827,9 @@ def ensure(config, world: train.World) -> DDT:
     if not (folder / MODEL).exists():
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         run_stage(train.stage_config("ddt", Config, PRESETS, config), world)
+    weights = Path(config.out, "vae", vae_stage.WEIGHTS)
+    if weights.exists():
+        checkpoint.check_provenance(folder, vae=weights)
     tokenizer = DDT.load(folder).to(world.device)
     check_scenario(config, tokenizer, folder)
     report(config, tokenizer, world)

@@ -106,19 +106,20 @@ def add_row(path: Path, row: str, predict: Predictor, scenarios: list[str],
             write_json(path, results)
 
 
-def add_rows(config, predictors: dict[str, Predictor], size: int, world, splits=SPLITS, n: int = 0,
-             shown: int = CONDITION) -> Path:
+def add_rows(config, predictors: dict[str, Predictor], size: int, world, n: int = 0,
+             splits: tuple[str, ...] = (), shown: int = CONDITION) -> Path:
     """
     Adds a row {name: predictor} per model to <config.out>/results.json -> the file's path.
 
-    Scenarios: config.scenario, or all. n: clips per split, 0 for config.eval_clips. config and
+    Scenarios: config.scenario, or all. n: clips per split, 0 for config.eval_clips. splits: none
+    for SPLITS. config and
     world: of the training stage (train.py). Rank 0 evaluates, the other ranks wait.
     """
     path = Path(config.out, "results.json")
     scenarios = sim.SCENARIOS if config.scenario == "all" else [config.scenario]
     if world.is_main:
         for row, predict in predictors.items():
-            add_row(path, row, predict, scenarios, splits, n or config.eval_clips,
+            add_row(path, row, predict, scenarios, splits or SPLITS, n or config.eval_clips,
                     size=size, shown=shown, device=world.device)
     world.barrier()
     return path

@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     predictors = {"SFT": sft.predictor(reference, tokenizer),
                   "SFT + RL": sft.predictor(policy, tokenizer)}
     splits, size = ("posttrain", *evaluate.SPLITS), tokenizer.config.size
-    results_file = evaluate.add_rows(config, predictors, size, world, splits)
+    results_file = evaluate.add_rows(config, predictors, size, world, splits=splits)
     if world.is_main:
         print(evaluate.table(results_file))
         print("\n" + evaluate.difference(results_file, "SFT", "SFT + RL"))

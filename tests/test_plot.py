@@ -1,4 +1,4 @@
-"""The pictures: strips and GIFs (sim.py), charts and heat maps (experiments/plot.py)."""
+"""The pictures: strips and GIFs (pictures.py), charts and heat maps (experiments/plot.py)."""
 import math
 import sys
 from pathlib import Path

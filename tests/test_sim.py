@@ -409,7 +409,7 @@ def test_command(tmp_path):
     assert done.returncode == 0, done.stderr
     for scenario in sim.SCENARIOS:
         with Image.open(tmp_path / f"{scenario}.png") as strip:
-            assert strip.width > 8 * 84 and strip.height > 4 * 84        # 8 pictures of 80 pixels, 4 clips
+            assert strip.width > 8 * 84 and strip.height > 4 * 84        # 4 rows of 8 pictures
         with Image.open(tmp_path / f"{scenario}.gif") as gif:
             assert gif.n_frames == 32
         assert scenario in done.stdout
