@@ -111,9 +111,8 @@ def add_rows(config, predictors: dict[str, Predictor], size: int, world, n: int 
     """
     Adds a row {name: predictor} per model to <config.out>/results.json -> the file's path.
 
-    Scenarios: config.scenario, or all. n: clips per split, 0 for config.eval_clips. splits: none
-    for SPLITS. config and
-    world: of the training stage (train.py). Rank 0 evaluates, the other ranks wait.
+    config, world: of the training stage (train.py); rank 0 evaluates, the other ranks wait.
+    n: clips per split (0: config.eval_clips). splits: empty for SPLITS.
     """
     path = Path(config.out, "results.json")
     scenarios = sim.SCENARIOS if config.scenario == "all" else [config.scenario]
