@@ -9,8 +9,7 @@ attention, 3D rope, how the first frames are given, v-prediction with zero termi
 optimizer are PhyWorld's, as far as they are known: its training code is not public.
 
 Differences, and choices where it is silent
-1. One modulation for all blocks and a table for each (as PixArt): the published parameter counts
-   say it.
+1. One modulation for all blocks and a table for each (PixArt), by the published parameter counts.
 2. DDPM's linear noise levels, rescaled. 25 DDIM steps.
 3. The loss is of the predicted frames.
 4. q and k are RMS-normalised.

@@ -426,8 +426,3 @@ def test_command_refuses(arguments, culprit, tmp_path, capsys):
     complaint = [line for line in lines if "error" in line.lower()]
     assert stopped.value.code == 2 and complaint == lines[-1:] and culprit in complaint[0]
     assert not list(tmp_path.iterdir())
-
-
-def test_bench_refuses_an_unknown_section():
-    done = run("tests/bench.py", "nope")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nope" in done.stderr
