@@ -1,33 +1,29 @@
 """
-Symbol learning: a Llama learns the tokens of clips like a foreign language.
+Stage 3, SFT: a Llama learns to predict the tokens of clips.
 
-Source: Phys-AR section 3.3. Every frame of a clip becomes K codes (ddt.py), a clip the sequence BOS + 32 K codes, and the model
-is trained with next-token cross-entropy on all of them. At inference it is given the codes of 3 frames and continues.
+    frames -> codes (ddt.py) -> BOS + 32 K ids -> Llama -> next-token cross-entropy
 
-Choices where the paper is silent
-1. The softmax is over the 256 visual codes only: at inference text words are masked anyway.
-2. Codes enter in the order of their time steps, V_1 first. In reverse (three seeds) drift_error on iid clips is the same (+0.006
-   +- 0.014), lower on small balls (-0.21 +- 0.05) and higher on slow ones (+0.08 +- 0.03).
-3. Clips are tokenised once, before training. They are a few bytes each: 32 K uint8.
-4. What the model itself will have said may be wrong, so what it reads in training is too. After the given frames, which are
-   always true, a code is read as one of its three nearest (itself among them), and one in ten as any code; what is to be said
-   stays true. A model that has only read true clips derails at its own first odd code: iid drift_error 0.55 without random
-   codes, 0.33 with (one run each, an earlier tokenizer); what the near ones gain has not been measured apart.
-5. A new model's embedding and head begin alike for near codes (`begin_alike`). From independent rows it has to learn of 256
-   codes one by one that they are neighbours: iid drift_error 0.61 without, 0.39 with (one run each, 2000 steps, eight angles
-   a frame).
-6. Evaluation takes the most likely code each time. Samples (top-k 50, top-p 0.95, those of GRPO's rollouts) have a larger
-   drift_error on iid clips (0.44 against 0.34, one model), and vary.
+At inference it is given the codes of the first 3 frames and generates the codes of the other 29.
 
-    python sft.py                       # makes runs/tiny/vae and runs/tiny/ddt first if they are missing
-    python sft.py --llm DIR             # starts from the weights of a Llama or Qwen2 (Hugging Face's or Meta's layout)
+Source: Phys-AR section 3.3 and Table 3.
 
-Expected at `tiny` on 2 CPU cores: 7 to 14 minutes, of them 1 to 2 for the tokens; loss 1.4 nats a token, drift_error 0.24 to
-0.29 on iid clips.
+Choices where the paper is silent (measured: docs/RESULTS.md)
+1. The softmax is over the 256 visual codes only: at inference text tokens are masked anyway.
+2. The codes of a frame are in the order of their time steps, V_1 first.
+3. Clips are tokenized once, before training: 32 K bytes each.
+4. Against exposure bias, inputs are corrupted in training: a code after the given frames becomes
+   one of its three nearest, and one in ten any code. Targets stay clean.
+5. In a new model the embeddings of near codes start alike (`init_code_embeddings`).
+6. Evaluation is by greedy decoding.
 
-Axes: B clips, F frames, K tokens of a frame, S sequence, V visual codes.
+    python sft.py                       # trains <out>/sft (and first what is missing of vae, ddt)
+    python sft.py --llm DIR             # from the weights of a Llama or Qwen2 (lm.py)
+
+Expected at `tiny` on 2 CPU cores: 7 to 14 minutes, of them 1 to 2 for the tokens; loss 1.4 nats per
+token, drift_error 0.24 to 0.29 on iid clips.
+
+Axes: B clips, F frames, K tokens of a frame, S sequence, V codes, D width.
 """
-import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -36,367 +32,345 @@ from typing import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import ddt as tokenizers
-import reward
+import checkpoint
+import ddt
+import evaluate
 import sim
 import train
-from ddt import DDT, at_a_time
-from lm import CONFIGS, Llama, LlamaConfig, generate, read_config
+from checkpoint import UserError, check
+from ddt import DDT
+from lm import Llama, LlamaConfig, generate
 from sim import CONDITION, FRAMES
+from vae import frames_per_call, millions
+from weights import read_config
 
 
 @dataclass
 class Config:
-    preset: str = "tiny"
-    out: str = ""               # run folder; empty: runs/<preset>
-    seed: int = 0
-    fresh: bool = False         # start over, ignoring checkpoints
-    save_every: int = 100       # steps between checkpoints
-    plan: bool = False          # print what the run would need, and end
-    world: int = 0              # ... on so many ranks; 0: as many as there are now
+    # run
+    preset: str = "tiny"        # named set of defaults: tiny, small or paper
+    out: str = ""               # run folder (empty: runs/<preset>)
+    seed: int = 0               # seed of weights, data order and corrupted inputs
+    fresh: bool = False         # delete this stage's model and train it again
+    save_every: int = 100       # steps between two checkpoints
     # data
-    scenario: str = "uniform"   # one of sim.SCENARIOS, or all
-    clips: int = 6000           # training clips per scenario
-    corrupt: float = 0.1        # share of the codes read, after the given frames, that are replaced by random ones
-    near: int = 3               # the others are read as one of their so many nearest, themselves among them; 1: as they are
-    tokenizer: str = "ddt"      # or vqgan (baselines.py)
+    scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
+    clips: int = 6000           # training clips per motion
+    tokenizer: str = "ddt"      # ddt, or vqgan (experiments/vqgan.py)
+    corrupt: float = 0.1        # share of the input codes that are replaced by random ones
+    near: int = 3               # other input codes become one of this many nearest; 1: unchanged
     # model
-    llm: str = ""               # folder of weights to start from (lm.py); empty: a new model of the size below
-    hidden: int = 128
-    ffn: int = 384
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    dtype: str = "float32"      # of the weights, or bfloat16; the optimizer's are float32
-    checkpointing: bool = False # keep only the blocks' inputs for the backward pass, and compute the rest again there
+    llm: str = ""               # folder of weights to start from (empty: a new model of this size)
+    hidden: int = 128           # width, D
+    ffn: int = 384              # width of the feed-forward layers
+    layers: int = 4             # transformer blocks
+    heads: int = 4              # attention heads
+    kv_heads: int = 2           # heads of keys and values (grouped-query attention)
+    dtype: str = "float32"      # of weights and gradients: float32 or bfloat16
+    checkpointing: bool = False # recompute activations in the backward pass, to save memory
     # optimization
-    steps: int = 4000
-    batch: int = 16             # twice the steps of 32 clips learn more in the same time
-    micro: int = 0              # clips per backward pass and rank; 0: all at once
-    lr: float = 1.5e-3
-    warmup: int = 50
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-6
-    weight_decay: float = 0.05
-    clip: float = 1.0           # gradient norm; 0: no clipping
-    eval_clips: int = 256       # per split of the table at the end
+    steps: int = 4000           # optimizer steps
+    batch: int = 16             # clips per step, over all ranks
+    micro_batch: int = 0        # clips per backward pass and rank; 0: the whole shard at once
+    lr: float = 1.5e-3          # peak learning rate
+    warmup: int = 50            # steps of linear warm-up, before a cosine to zero
+    beta1: float = 0.9          # AdamW: decay of the mean of gradients
+    beta2: float = 0.95         # AdamW: decay of the mean of their squares
+    eps: float = 1e-6           # AdamW: added to the root of the mean square
+    weight_decay: float = 0.05  # AdamW: on matrices only
+    max_grad_norm: float = 1.0  # gradient clipping; 0: none
+    # evaluation
+    eval_clips: int = 256       # clips per split of the result table
 
 
 # `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
 PRESETS = {
     "tiny": {},
-    "small": dict(scenario="all", clips=20000, hidden=768, ffn=2304, layers=12, heads=12, kv_heads=4, dtype="bfloat16",
-                  steps=6000, batch=128, lr=6e-4, warmup=300),
-    "paper": dict(scenario="all", clips=3_000_000, corrupt=0.0, near=1, dtype="bfloat16", checkpointing=True, steps=360_000,
-                  batch=768, lr=1e-4, warmup=5000, save_every=1000, eval_clips=1000),
+    "small": dict(scenario="all", clips=20000, hidden=768, ffn=2304, layers=12, heads=12,
+                  kv_heads=4, dtype="bfloat16", steps=6000, batch=128, lr=6e-4, warmup=300),
+    "paper": dict(scenario="all", clips=3_000_000, corrupt=0.0, near=1, dtype="bfloat16",
+                  checkpointing=True, steps=360_000, batch=768, lr=1e-4, warmup=5000,
+                  save_every=1000, eval_clips=1000),
 }
-EXPECTED = {"tiny": "7 to 14 minutes on 2 CPU cores.", "small": "Not run yet.", "paper": "Not run yet."}
+EXPECTED = {"tiny": "7 to 14 minutes on 2 CPU cores.", "small": "Not run to its end yet.",
+            "paper": "Not run yet."}
 
 # ------------------------------------------------------------------ clips as sequences
 
 
-def tokenizer(config, world: train.World) -> DDT:
-    """The tokenizer of <out> that --tokenizer names, made first if it is missing. A VQGAN has DDT's encode and decode."""
-    train.need(config.tokenizer in ("ddt", "vqgan"), f"--tokenizer {config.tokenizer}: choose ddt or vqgan")
-    if config.tokenizer == "ddt":
-        return tokenizers.ensure(config, world)
-    import baselines                        # only what compares needs it
-    return baselines.ensure(config, world)
-
-
-def tokenizer_file(config) -> dict[str, Path]:
-    return {config.tokenizer: Path(config.out, config.tokenizer, "model.safetensors")}
-
-
 @torch.no_grad()
-def tokenize(ddt: DDT, clips: sim.Clips) -> Tensor:
-    """Clips -> codes (B, F, K), uint8, painted and encoded on the tokenizer's device."""
-    device, size = ddt.quantizer.codebook.device, ddt.config.size
-    codes, batch = torch.empty(len(clips), FRAMES, ddt.config.queries, dtype=torch.uint8), at_a_time(device) // FRAMES
-    for i in range(0, len(clips), batch):
-        part = clips[i:i + batch].to(device)
-        frames = sim.render(part.position, part.radius, size)
-        codes[i:i + batch] = ddt.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).cpu()
-    return codes
+def tokenize(tokenizer: DDT, clips: sim.Clips) -> Tensor:
+    """Clips -> codes (B, F, K), uint8, rendered and encoded on the tokenizer's device."""
+    device, size = tokenizer.quantizer.codebook.device, tokenizer.config.size
+    codes, b = [], frames_per_call(device) // FRAMES
+    for i in range(0, len(clips), b):
+        part = clips[i:i + b].to(device)
+        frames = sim.render(part.position, part.radius, size)                   # (b, F, 3, H, W)
+        codes.append(tokenizer.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]))
+    return torch.cat(codes).to("cpu", torch.uint8)
 
 
 def sequence(model: Llama, codes: Tensor) -> Tensor:
     """codes (B, F, K) -> ids (B, 1 + F K), the first of them BOS."""
     ids = model.first_code + codes.flatten(1).long()
-    return torch.cat([torch.full_like(ids[:, :1], model.config.bos_token_id), ids], 1)
+    bos = torch.full_like(ids[:, :1], model.config.bos_token_id)
+    return torch.cat([bos, ids], 1)
 
 
 @torch.no_grad()
-def decode(ddt: DDT, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def decode(tokenizer: DDT, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """codes (B, F, K) -> frames (B, F, 3, H, W) in [0, 1], one call of the decoder each."""
-    frames = [ddt.decode(part, generator=generator) for part in codes.flatten(0, 1).split(at_a_time(codes.device))]
-    return torch.cat(frames).unflatten(0, codes.shape[:2])
+    calls = codes.flatten(0, 1).split(frames_per_call(codes.device))
+    frames = torch.cat([tokenizer.decode(x, generator=generator) for x in calls])
+    return frames.unflatten(0, codes.shape[:2])
 
 
-def predictor(model: Llama, ddt: DDT, seed: int = 0, top_k: int = 1, top_p: float = 1.0) -> Callable[[Tensor], Tensor]:
+def predictor(model: Llama, tokenizer: DDT, seed: int = 0, top_k: int = 1,
+              top_p: float = 1.0) -> Callable[[Tensor], Tensor]:
     """
-    The model as reward.evaluate wants it: frames (B, 3, 3, H, W) -> frames (B, 32, 3, H, W), the most likely code each time,
-    or samples with another top_k.
+    The model as evaluate.evaluate wants it: the first frames (B, 3, 3, H, W) -> whole clips
+    (B, 32, 3, H, W). top_k = 1 is greedy decoding.
     """
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
-        K, generator = ddt.config.queries, torch.Generator(frames.device).manual_seed(seed)
-        shown = ddt.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])           # (B, 3, K)
-        codes, _ = generate(model, sequence(model, shown), (FRAMES - CONDITION) * K, 1, top_k, top_p, generator)
-        return torch.cat([frames, decode(ddt, codes.view(len(frames), -1, K), generator)], 1)
+        B, K = len(frames), tokenizer.config.queries
+        generator = torch.Generator(frames.device).manual_seed(seed)
+        given = tokenizer.encode(frames.flatten(0, 1)).view(B, CONDITION, K)
+        prompt = sequence(model, given)                                         # (B, 1 + 3 K)
+        T = (FRAMES - CONDITION) * K
+        codes, _ = generate(model, prompt, T, 1, top_k, top_p, generator)       # (B, 1, T)
+        return torch.cat([frames, decode(tokenizer, codes.view(B, -1, K), generator)], 1)
     return predict
 
 
-# ------------------------------------------------------------------ training
+# ------------------------------------------------------------------ inputs and targets
 
 
-class Codes:
-    """Codes of clips (n, F, K), uint8, in .npy files mapped into memory: codes[rows (B,)] reads what is asked for, (B, F, K)."""
-
-    def __init__(self, paths: list[Path]):
-        self.files = [np.load(path, mmap_mode="r") for path in paths]
-        self.ends = np.cumsum([len(file) for file in self.files])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        file = np.searchsorted(self.ends, rows.numpy(), "right")
-        return torch.from_numpy(np.stack([self.files[f][i - self.ends[f]] for f, i in zip(file, rows.tolist())]))
-
-
-def training_codes(config: Config, ddt: DDT, folder: Path, world: train.World) -> Codes:
-    """The codes of the training clips, from <folder>/<scenario>-<part>.npy. The ranks share the making of parts that are missing."""
-    stamp = json.dumps({"scenario": config.scenario, "clips": config.clips, "seed": config.seed,
-                        "codebook": ddt.quantizer.codebook.double().sum().item()})            # tokens of another tokenizer are stale
-    folder, note = train.writable(folder), folder / "of.json"
-    if world.is_main and (not note.exists() or note.read_text() != stamp):
-        for path in [note, *folder.glob("*.npy")]:
-            path.unlink(missing_ok=True)
-        note.write_text(stamp)
-    train.wait(world)
-    size = max(1024, 2 ** (config.clips // 64).bit_length())                      # clips a part: some hundred parts at most
-    firsts = {name: sim.first_frames(name, "pretrain", config.clips, config.seed) for name in train.scenarios(config.scenario)}
-    parts = {folder / f"{name}-{i // size:05d}.npy": clips[i:i + size]
-             for name, clips in firsts.items() for i in range(0, len(clips), size)}
-    missing = [(path, part) for path, part in parts.items() if not whole(path, len(part), ddt)]
-    train.wait(world)                                                             # every rank has looked before one writes
-    mine = missing[world.rank::world.size]
-    bar = tqdm(total=sum(len(part) for _, part in mine), desc="tokens", unit="clip", ncols=100, mininterval=5,
-               disable=not (world.is_main and mine))
-    for path, part in mine:
-        clips, codes = sim.play(part), []
-        for i in range(0, len(clips), 128):
-            codes.append(tokenize(ddt, clips[i:i + 128]))
-            bar.update(len(codes[-1]))
-        with train.replacing(path) as aside, open(aside, "wb") as file:
-            np.save(file, torch.cat(codes).numpy())
-    bar.close()
-    train.wait(world)
-    return Codes(list(parts))
-
-
-def whole(path: Path, n: int, ddt: DDT) -> bool:
-    """Whether a file holds n clips' codes. One that was cut off or is not ours does not, and is made again."""
-    try:
-        codes = np.load(path, mmap_mode="r")
-        return codes.shape == (n, FRAMES, ddt.config.queries) and codes.dtype == np.uint8
-    except (OSError, ValueError):
-        return False
-
-
-def neighbours(codebook: Tensor, n: int) -> Tensor:
-    """codebook (V, dim), unit vectors -> the n nearest codes of each (V, n), itself the first, also where two are equal."""
+def nearest_codes(codebook: Tensor, n: int) -> Tensor:
+    """codebook (V, dim), unit vectors -> the n nearest codes of each (V, n), itself the first."""
     codebook = codebook.double().cpu()
-    return (codebook @ codebook.T).fill_diagonal_(2).topk(n).indices
+    cosine = (codebook @ codebook.T).fill_diagonal_(2)      # itself first, also among equal codes
+    return cosine.topk(n).indices
 
 
-def misread(codes: Tensor, near: Tensor, corrupt: float, generator: torch.Generator) -> Tensor:
+def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float,
+                   generator: torch.Generator) -> Tensor:
     """
-    What the model reads of codes (B, F, K): the given frames as they are; of those after them one of the `near` codes (V, n)
-    of each, and of a share `corrupt` any code at all. Head of this file, 4.
+    Against exposure bias: in generation the model is given its own mistakes, thus in training its
+    inputs hold some. codes (B, F, K): those of the given frames stay as they are; the others become
+    one of their nearest codes, near (V, n), and a share `corrupt` of them any code.
     """
-    close = near[codes, torch.randint(near.shape[1], codes.shape, generator=generator)]
-    wrong = torch.rand(codes.shape, generator=generator) < corrupt
-    read = torch.where(wrong, torch.randint(len(near), codes.shape, generator=generator), close)
-    return torch.cat([codes[:, :CONDITION], read[:, CONDITION:]], 1)
-
-
-def batch_of(model: Llama, codes: Tensor, near: Tensor, corrupt: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Clips' codes (B, F, K) -> what is to be said, and what is read while it is said: ids (B, 1 + F K) each."""
-    return sequence(model, codes), sequence(model, misread(codes, near, corrupt, generator))
+    V, n = near.shape
+    nearby = near[codes, torch.randint(n, codes.shape, generator=generator)]
+    replace = torch.rand(codes.shape, generator=generator) < corrupt
+    anything = torch.randint(V, codes.shape, generator=generator)
+    corrupted = torch.where(replace, anything, nearby)
+    return torch.cat([codes[:, :CONDITION], corrupted[:, CONDITION:]], 1)
 
 
 @torch.no_grad()
-def begin_alike(model: Llama, codebook: Tensor, frequency: float = 5.0) -> None:
+def init_code_embeddings(model: Llama, codebook: Tensor, frequency: float = 5.0) -> None:
     """
-    Embedding and head rows of the codes begin as random Fourier features (Rahimi and Recht 2007) of the codebook (V, dim):
-    cos(w c + b), b uniform, w ~ N(0, s^2) with an s for each channel from 1 to `frequency`, as large as the rows they replace.
-    So near codes are alike from the start, and what is learnt of one holds for its neighbours.
+    The embedding and head rows of the codes start as random Fourier features (Rahimi and Recht
+    2007) of the codebook (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), s from 1 to
+    `frequency` over the channels, as large as the rows they replace. Near codes start alike, and
+    what is learnt of one holds for its neighbours.
     """
-    for weight in (model.model["embed_tokens"].weight, model.lm_head.weight):             # (1 + V, D); a new model's are not tied
+    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):      # (1 + V, D)
         D, rows = weight.shape[1], weight[model.first_code:]
         w = torch.randn(codebook.shape[1], D) * torch.logspace(0, math.log10(frequency), D)
-        features = math.sqrt(2) * torch.cos(codebook.cpu() @ w + 2 * math.pi * torch.rand(D))   # (V, D), of variance 1
+        b = 2 * math.pi * torch.rand(D)
+        features = math.sqrt(2) * torch.cos(codebook.cpu() @ w + b)             # (V, D), variance 1
         rows.copy_(rows.std() * features.to(rows.device))
 
 
 class NextToken(nn.Module):
     """
-    Cross-entropy of every code of ids (B, S) given those that were `read` before it (B, S) -> nats a token, per clip (B,).
+    Teacher forcing: cross-entropy of every target given the inputs before it.
+    targets, inputs: ids (B, S) -> nats per token, mean over each clip (B,).
     """
 
     def __init__(self, model: Llama):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, read: Tensor) -> Tensor:
-        logits = self.model.visual_logits(self.model(read[:, :-1]))                       # (B, S - 1, V)
-        target = ids[:, 1:] - self.model.first_code                                       # (B, S - 1)
-        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view_as(target).mean(1)
+    def forward(self, targets: Tensor, inputs: Tensor) -> Tensor:
+        hidden = self.model(inputs[:, :-1])                                     # (B, S - 1, D)
+        logits = self.model.visual_logits(hidden)                               # (B, S - 1, V)
+        codes = targets[:, 1:] - self.model.first_code                          # (B, S - 1)
+        nats = nnf.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none")
+        return nats.view_as(codes).mean(1)
 
 
-def shape(config: Config, queries: int, V: int = 256) -> LlamaConfig:
-    """The model to be trained: that of --llm (or Llama-3.1-8B, for a plan of `paper` without) and V codes, or a new one."""
-    if config.llm or config.preset == "paper":
-        try:
-            c = read_config(config.llm) if config.llm else CONFIGS["llama-3.1-8b"]
-        except ValueError as error:
-            raise train.Problem(f"--llm {config.llm}: {error}") from None
-        return c if c.n_visual else dataclasses.replace(c, vocab_size=c.vocab_size + V, n_visual=V)
-    return LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads, config.kv_heads,
-                       config.hidden // config.heads, max_position_embeddings=1 + FRAMES * queries, n_visual=V)
+# ------------------------------------------------------------------ training
 
 
-def plan(config: Config, ranks: int) -> train.Plan:
-    """Memory and work of train_sft. `measure` runs the model on the meta device."""
-    K = tokenizers.Config(**tokenizers.PRESETS[config.preset]).queries if config.tokenizer == "ddt" else 16
-    c, S = shape(config, K), 1 + FRAMES * K
-    rows = train.rows_at_once(config.batch, ranks, config.micro)
-    with torch.device("meta"):
-        model = Llama(c).to(getattr(torch, config.dtype))
-    flops, activations = language_model_pass(c, model.head.dtype, rows, S, config.checkpointing)
-    return train.Plan(train.training_memory(model, ranks), {"activations": activations}, config.batch * (S - 1),
-                      (4 if config.checkpointing else 3) * flops * config.batch / rows)
+def training_codes(config: Config, tokenizer: DDT, path: Path, world: train.World) -> np.ndarray:
+    """Codes (n, F, K) of the training clips, uint8, made once and kept in a file."""
+    motions, K = train.scenarios(config.scenario), tokenizer.config.queries
+    clips = [sim.first_frames(name, "pretrain", config.clips, config.seed) for name in motions]
+    n = config.clips
+    chunks = [slice(i * n + start, i * n + min(start + sim.SCENES, n))          # of one motion each
+              for i in range(len(motions)) for start in range(0, n, sim.SCENES)]
+
+    def codes_of(chunk: slice) -> np.ndarray:
+        motion = chunk.start // n
+        part = clips[motion][chunk.start - motion * n:chunk.stop - motion * n]
+        return tokenize(tokenizer, sim.play(part)).numpy()                      # (b, F, K)
+
+    stamp = json.dumps({"scenario": config.scenario, "clips": n, "seed": config.seed,
+                        "codebook": tokenizer.quantizer.codebook.double().sum().item()})
+    shape = (len(motions) * n, FRAMES, K)
+    return checkpoint.cached_array(path, stamp, shape, chunks, codes_of, world)
 
 
-def language_model_pass(c: LlamaConfig, dtype: torch.dtype, rows: int, S: int, checkpointing: bool) -> tuple[float, float]:
-    """FLOPs of a forward pass of `rows` clips of S tokens, and the bytes it keeps for the backward pass."""
-    def passed(layers: int) -> tuple[float, float]:
-        with torch.device("meta"):
-            loss_of = NextToken(Llama(dataclasses.replace(c, num_hidden_layers=layers)).to(dtype))
-            ids = torch.zeros(rows, S, dtype=torch.int64)
-        return train.measure(lambda: loss_of(ids, ids), loss_of)
-    (flops1, kept1), (flops2, kept2) = passed(1), passed(2)                 # layers are alike
-    L = c.num_hidden_layers
-    inputs = rows * (S - 1) * c.hidden_size * dtype.itemsize
-    return flops1 + (L - 1) * (flops2 - flops1), kept1 + (L - 1) * (inputs if checkpointing else kept2 - kept1)
-
-
-def train_sft(config: Config, ddt: DDT, world: train.World) -> Llama:
-    """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
-    folder = train.writable(Path(config.out, "sft"))
-    if config.fresh:
-        train.discard(folder)
-    train.made_of(folder, **tokenizer_file(config))
-    torch.manual_seed(config.seed)
-    S = 1 + FRAMES * ddt.config.queries
-    V = len(ddt.quantizer.codebook)
-    if config.llm:
-        try:
-            model = Llama.load(config.llm, getattr(torch, config.dtype), world.device, n_visual=V)
-        except ValueError as error:
-            raise train.Problem(f"--llm {config.llm}: {error}") from None
-        train.need(model.config.bos_token_id is not None, f"--llm {config.llm}: its config.json names no bos_token_id, which "
-                   "every clip begins with")
-        train.need(S <= model.config.max_position_embeddings, f"--llm {config.llm}: a clip is {S} tokens, this model's "
-                   f"context {model.config.max_position_embeddings}")
-    else:
-        model = Llama(shape(config, ddt.config.queries, V)).to(world.device, getattr(torch, config.dtype))
-        begin_alike(model, ddt.quantizer.codebook)
-    model.checkpointing = config.checkpointing
-    codes = training_codes(config, ddt, folder / "tokens", world)
-    world.say(f"SFT: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
-              f"{config.batch} clips of {S} tokens, {len(codes)} clips")
-    near = neighbours(ddt.quantizer.codebook, config.near)
-    loss_of, parts = train.distribute(NextToken(model), world), world.parts(config.batch, config.micro)
-    with train.Run(folder, model, config, world) as run:
-        for step in run:
-            clips = codes[train.rows(config.seed, step, config.batch, len(codes))].long()         # (B, F, K)
-            asked, read = batch_of(model, clips, near, config.corrupt, train.generator(config.seed, step))
-            batch = (world.share(ids).to(world.device).tensor_split(parts) for ids in (asked, read))
-            total = 0.0
-            for part in run.accumulate(zip(*batch), loss_of):
-                loss = loss_of(*part).sum() / config.batch
-                (loss * world.size).backward()                      # DDP averages over ranks: this makes it the sum
-                total += loss.detach()
-            run.step(total)
-    if world.is_main:
-        reward.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
-    train.finish(folder, model.save, config, model, world)
-    return model.eval()
-
-
-def report(config, ddt: DDT, model: Llama, world: train.World) -> None:
-    """The model's row of the result table; what is there already is not done again."""
-    if world.is_main:
-        reward.add_row(Path(config.out, "results.json"), "SFT", predictor(model, ddt), train.scenarios(config.scenario),
-                       sim.SHOWN, config.eval_clips, size=ddt.config.size, device=world.device)
-    train.wait(world)
-
-
-def ensure(config, ddt: DDT, world: train.World) -> Llama:
-    """The supervised model of <out>: loaded, or trained first."""
-    folder = Path(config.out, "sft")
-    if not (folder / "model.safetensors").exists():
-        world.say(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
-        main(train.handed_on(config) + ["--tokenizer", config.tokenizer])
-    report(config, ddt, model := load(folder, **tokenizer_file(config)).to(world.device), world)
+def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
+    """The model of --llm, its vocabulary extended by the codes; or a new one."""
+    S, V = 1 + FRAMES * tokenizer.config.queries, len(tokenizer.quantizer.codebook)
+    dtype = getattr(torch, config.dtype)
+    if not config.llm:
+        model = Llama(new_shape(config, S, V)).to(world.device, dtype)
+        init_code_embeddings(model, tokenizer.quantizer.codebook)
+        return model
+    try:
+        model = Llama.load(config.llm, dtype, world.device, n_visual=V)
+    except ValueError as error:
+        raise UserError(f"--llm {config.llm}: {error}") from None
+    c = model.config
+    check(c.bos_token_id is not None, f"--llm {config.llm}: its config.json names no bos_token_id, "
+          "with which every clip begins")
+    check(S <= c.max_position_embeddings, f"--llm {config.llm}: a clip has {S} tokens, this "
+          f"model's context {c.max_position_embeddings}")
     return model
 
 
+def new_shape(config: Config, S: int, V: int) -> LlamaConfig:
+    """A new model: BOS and V codes, with room for S tokens."""
+    return LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads,
+                       config.kv_heads, config.hidden // config.heads, max_position_embeddings=S,
+                       n_visual=V)
+
+
+def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
+    """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
+    sources = tokenizer_file(config)
+    folder = checkpoint.start_stage(Path(config.out, "sft"), config, world, **sources)
+    torch.manual_seed(config.seed)
+    model = starting_model(config, tokenizer, world)
+    model.checkpointing = config.checkpointing
+    codes = training_codes(config, tokenizer, folder / "codes.npy", world)      # (n, F, K)
+    near = nearest_codes(tokenizer.quantizer.codebook, config.near)             # (V, near)
+    B, n = config.batch, world.accumulation_steps(config.batch, config.micro_batch)
+    world.print0(f"SFT: {millions(model)} parameters, {config.steps} steps of {B} clips of "
+                 f"{1 + FRAMES * tokenizer.config.queries} tokens, {len(codes)} clips")
+    loss_of = train.distribute(NextToken(model), world)
+
+    with train.Run(folder, model, config, world) as run:
+        for step in run:
+            index = train.batch_indices(config.seed, step, B, len(codes))
+            targets = torch.from_numpy(codes[index.numpy()]).long()             # (B, F, K)
+            generator = train.generator(config.seed, step)
+            inputs = corrupt_inputs(targets, near, config.corrupt, generator)   # (B, F, K)
+            targets, inputs = (world.shard(sequence(model, x)).to(world.device)
+                               for x in (targets, inputs))                      # (b, S) each
+
+            total = 0.0
+            micro_batches = zip(targets.tensor_split(n), inputs.tensor_split(n))
+            for micro_batch in run.accumulate(micro_batches, loss_of):
+                loss = loss_of(*micro_batch).sum() / B
+                (loss * world.size).backward()              # DDP averages over ranks; this: the sum
+                total += loss.detach()
+            run.step(total)
+
+    if world.is_main:
+        evaluate.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
+    checkpoint.finish(folder, model.save, config, model, world)
+    return model.eval()
+
+
+# ------------------------------------------------------------------ the stage
+
+
+def load_tokenizer(config, world: train.World) -> DDT:
+    """The tokenizer of <out>, trained first if missing. A VQGAN has DDT's encode and decode."""
+    known = config.tokenizer in ("ddt", "vqgan")
+    check(known, f"--tokenizer {config.tokenizer}: choose ddt or vqgan")
+    if config.tokenizer == "ddt":
+        return ddt.ensure(config, world)
+    import experiments.vqgan                                # only the comparison needs it
+    return experiments.vqgan.ensure(config, world)
+
+
+def tokenizer_file(config) -> dict[str, Path]:
+    return {config.tokenizer: Path(config.out, config.tokenizer, "model.safetensors")}
+
+
 def load(folder: Path, **sources: Path) -> Llama:
-    """A trained model, after a look at what it was made of, as far as `sources` say. Raises train.Problem."""
-    train.check_made_of(Path(folder), **sources)
+    """Loads a model. UserError if it was trained on other weights than `sources`."""
+    checkpoint.check_provenance(Path(folder), **sources)
     try:
         return Llama.load(folder).eval()
     except ValueError as error:
-        raise train.Problem(f"{error}: delete {folder}, or train it again with --fresh") from None
+        raise UserError(f"{error}: delete {folder}, or train it again with --fresh") from None
+
+
+def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
+    """The SFT model of <out> for a later stage with `config`: loaded, or trained first."""
+    folder = Path(config.out, "sft")
+    if not (folder / "model.safetensors").exists():
+        world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
+        sft_config = train.stage_config("sft", Config, PRESETS, config, tokenizer=config.tokenizer)
+        return run_stage(sft_config, tokenizer, world)
+    model = load(folder, **tokenizer_file(config)).to(world.device)
+    report(config, tokenizer, model, world)
+    return model
+
+
+def report(config, tokenizer: DDT, model: Llama, world: train.World) -> Path:
+    """The model's row of the result table; what is there already is not done again."""
+    predictors = {"SFT": predictor(model, tokenizer)}
+    return evaluate.add_rows(config, predictors, tokenizer.config.size, world)
+
+
+def check_config(c: Config) -> None:
+    """UserError for flags that cannot work."""
+    train.scenarios(c.scenario)
+    check(c.dtype in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
+    check(c.corrupt < 1, f"--corrupt {c.corrupt}: a share of the codes, below 1")
+    check(c.near <= 256, f"--near {c.near}: between 1 and the 256 codes there are")
+    check(c.hidden % (2 * c.heads) == 0 and c.heads % c.kv_heads == 0, f"--hidden {c.hidden} must "
+          f"be a multiple of twice --heads {c.heads}, and that of --kv_heads {c.kv_heads}")
+    if c.llm:                       # a folder that cannot be read is known before an hour of tokens
+        try:
+            read_config(c.llm)
+        except ValueError as error:
+            raise UserError(f"--llm {c.llm}: {error}") from None
+    out = Path(c.out)
+    check(c.llm or c.preset != "paper" or (out / "sft" / "model.safetensors").exists(),
+          f"{out / 'sft'} is missing, and the paper's model starts from Llama-3.1-8B: make it with "
+          f"`python sft.py --preset paper --out {out} --llm DIR`, DIR that model's folder")
+
+
+def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
+    """Loads the model that `config` describes, or trains it; then its row of the table."""
+    check_config(config)
+    folder = Path(config.out, "sft")
+    if checkpoint.is_trained(folder, "model.safetensors", config, world):
+        model = load(folder, **tokenizer_file(config)).to(world.device)
+    else:
+        model = train_sft(config, tokenizer, world)
+    world.print0(evaluate.table(report(config, tokenizer, model, world)))
+    return model
 
 
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
-    train.scenarios(config.scenario)
-    train.need(config.dtype in ("float32", "bfloat16"), f"--dtype {config.dtype}: choose float32 or bfloat16")
-    train.need(0 <= config.corrupt < 1, f"--corrupt {config.corrupt}: a share of the codes, below 1")
-    train.need(1 <= config.near <= 256, f"--near {config.near}: between 1 and the 256 codes there are")
-    train.need(config.hidden % (2 * config.heads) == 0 and config.heads % config.kv_heads == 0,
-               f"--hidden {config.hidden} must divide by twice --heads {config.heads}, and that by --kv_heads {config.kv_heads}")
-    if config.llm:
-        shape(config, queries=1)            # a folder that cannot be read is known before a tokenizer is trained
-    if config.plan:
-        return train.show_plan(plan, config)
-    out = Path(config.out)
-    train.need(config.llm or config.preset != "paper" or (out / "sft" / "model.safetensors").exists(),
-               f"{out / 'sft'} is missing, and the paper's model starts from Llama-3.1-8B: make it with "
-               f"`python sft.py --preset paper --out {out} --llm DIR`, DIR that model's folder")
-    world = train.start(config.seed)
-    train.check_fits(plan, config, world)
-    train.writable(out)
-    train.occupy(out, world)
-    ddt = tokenizer(config, world)
-    if train.is_trained(out / "sft", "model.safetensors", config, world):
-        model = load(out / "sft", **tokenizer_file(config)).to(world.device)
-    else:
-        model = train_sft(config, ddt, world)
-    report(config, ddt, model, world)
-    if world.is_main:
-        print(reward.table(out / "results.json"))
+    check_config(config)
+    world = train.start(config.seed, config.out)
+    run_stage(config, load_tokenizer(config, world), world)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
 """
-Clips of moving balls: the physics (pymunk), the start rules, and the pictures.
+Clips of moving balls: random initial states, simulation (pymunk), closed-form solution, renderer.
 
-A data set here is nothing but the initial states of its clips. `sample` draws them and lets pymunk play them out,
-`render` paints them when somebody needs pixels. Three million clips are so about 50 MB of initial states; as stored
-128 x 128 frames they would be 4.7 TB.
+No video is ever stored. `sample` draws the initial states and simulates them, `render` paints the
+frames when they are needed. Three million clips of one ball take 100 MB as initial states; as
+stored 128 x 128 frames they would take 4.7 TB.
 
-Source: PhyWorld's three motions as used by Phys-AR (section 4.1 and appendix C): `uniform` (one ball, no forces),
-`parabola` (one ball thrown horizontally, gravity 2.5) and `collision` (two balls head-on, elastic).
+Source: PhyWorld's three motions, as used by Phys-AR (section 4.1 and appendix C).
+    uniform      one ball at constant velocity, moving right
+    parabola     one ball thrown to the right, gravity 2.5
+    collision    two balls moving towards each other, elastic impact, mass proportional to area
 
 Differences from PhyWorld's data
 1. Frame 0 is at t = 0; PhyWorld stores it one solver step (0.01 s) later.
-2. Every collision is elastic. PhyWorld's Box2D makes contacts with a closing speed of 1 or less inelastic.
-3. Edges are anti-aliased by area coverage, and a pixel's centre is where it is: drawing and measuring share one scale.
-4. A collision for which the view has no room (fast and large balls) is drawn again instead of being dropped, so that
-   `sample(..., n)` returns n clips. Ranges that are unions of two intervals are drawn uniformly over the union.
+2. All impacts are elastic; PhyWorld's (Box2D) are inelastic at closing speeds of 1 or less.
+3. Edges are anti-aliased by area coverage, thus centres can be measured to a fraction of a pixel.
+4. A collision for which the view has no room is drawn again, not dropped.
+5. A value from two intervals is uniform over their union: a longer interval gets more values.
 
-    python sim.py                                # a GIF and a PNG film strip per scenario in runs/sim
-    python sim.py --split fast --size 256        # any split, any size
+    python sim.py                            # a GIF and a PNG film strip per scenario in runs/sim
+    python sim.py --split fast --size 256    # any split, any size
 
 Takes 3 seconds on 2 CPU cores.
 
 Axes: B clips, F frames, N balls, C colour channels, H W pixels.
-Units: world units (the view is 10 x 10, y up), seconds, units per second. Frame f is at t = 0.1 f.
+Units: world units (the view is 10 x 10, y up), seconds, units per second. Frame f is at t = DT f.
 """
 import argparse
-import dataclasses
 import math
 import zlib
 from dataclasses import dataclass
@@ -34,315 +35,399 @@ import numpy as np
 import pymunk
 import pymunk.batch
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 SCENARIOS = ("uniform", "parabola", "collision")
-WORLD = 10.0        # side of the square view
-DT = 0.1            # seconds between frames
-FRAMES = 32         # frames of a clip
-CONDITION = 3       # the first frames, which the models are shown
-GRAVITY = 2.5       # parabola only
-SUBSTEPS = 250      # solver steps a frame: a collision is noticed at most one step late, so positions are off by at
-                    # most (change of speed) * 0.1 / 250, about 0.006 at the fastest impact of any split
-SCENES = 512        # scenes that share one pymunk Space
+WORLD = 10.0            # side of the square view
+DT = 0.1                # seconds between frames
+FRAMES = 32             # frames of a clip
+CONDITION = 3           # number of first frames that a model is given
+GRAVITY = 2.5           # units / s^2, in the parabola only
 
-# ------------------------------------------------------------------ initial states
+# PhyWorld's rules for the initial position
+IN_VIEW = 2.4           # seconds that a single ball stays wholly in view, wherever this is possible
+IMPACT = (0.8, 2.4)     # seconds: the earliest and the latest impact of a collision
+GAP = 0.5               # units: least distance from a ball to the view's upper and lower edge
+DROP = 1.5              # units: largest distance from a thrown ball to the view's upper edge
 
-# [S4.1]. `low` and `high` are the two halves of the out-of-distribution range.
-RADIUS = {"pretrain": [(0.8, 1.4)], "posttrain": [(0.7, 0.8), (1.4, 1.5)], "iid": [(0.7, 1.5)],
-          "ood": [(0.3, 0.6), (1.5, 2.0)], "low": [(0.3, 0.6)], "high": [(1.5, 2.0)]}
-SPEED = {"pretrain": [(1.5, 3.5)], "posttrain": [(1.0, 1.5), (3.5, 4.0)], "iid": [(1.0, 4.0)],
-         "ood": [(0.0, 0.8), (4.5, 6.0)], "low": [(0.0, 0.8)], "high": [(4.5, 6.0)]}
+# The solver detects an impact at most one step late. The positions after it are then off by at most
+# (change of velocity) * DT / SUBSTEPS: about 0.006 at the fastest impact of any split.
+SUBSTEPS = 250          # solver steps per frame
+SCENES = 512            # clips that are simulated in one pymunk Space: a Space per clip is slow
 
-# Splits by name: the ranges of the balls' radii, then of their speeds. [C] names the ood levels; `ood` is all of them in
-# equal shares. slow, fast, small, large show apart what ood-v and ood-r average.
-_SAME = {s: (s, s) for s in ("pretrain", "posttrain", "iid")}
-ONE_BALL = _SAME | {"ood-r": ("ood", "iid"), "ood-v": ("iid", "ood"), "ood-rv": ("ood", "ood"),
-                    "slow": ("iid", "low"), "fast": ("iid", "high"), "small": ("low", "iid"), "large": ("high", "iid")}
-TWO_BALLS = {s: (r, r, v, v) for s, (r, v) in _SAME.items()} | {
-    "ood-r1": ("ood", "iid", "iid", "iid"), "ood-v1": ("iid", "iid", "ood", "iid"),
-    "ood-r1r2": ("ood", "ood", "iid", "iid"), "ood-v1v2": ("iid", "iid", "ood", "ood"),
-    "ood-r1v1": ("ood", "iid", "ood", "iid"), "ood-all": ("ood", "ood", "ood", "ood"),
-    "slow": ("iid", "iid", "low", "iid"), "fast": ("iid", "iid", "high", "iid"),
-    "small": ("low", "iid", "iid", "iid"), "large": ("high", "iid", "iid", "iid")}
+# ------------------------------------------------------------------ splits
+
+# Phys-AR, section 4.1. A range is a list of intervals; `low` and `high` are the halves of `ood`.
+RADIUS = {
+    "pretrain": [(0.8, 1.4)],
+    "posttrain": [(0.7, 0.8), (1.4, 1.5)],
+    "iid": [(0.7, 1.5)],
+    "ood": [(0.3, 0.6), (1.5, 2.0)],
+    "low": [(0.3, 0.6)],
+    "high": [(1.5, 2.0)],
+}
+SPEED = {
+    "pretrain": [(1.5, 3.5)],
+    "posttrain": [(1.0, 1.5), (3.5, 4.0)],
+    "iid": [(1.0, 4.0)],
+    "ood": [(0.0, 0.8), (4.5, 6.0)],
+    "low": [(0.0, 0.8)],
+    "high": [(4.5, 6.0)],
+}
+
+# Split -> names of ranges: first the radius of each ball, then the speed of each ball. Appendix C
+# has the levels `ood-...`. slow, fast, small, large are ours: half of `ood`, for the first ball.
+ONE_BALL = {
+    "pretrain": ("pretrain", "pretrain"),
+    "posttrain": ("posttrain", "posttrain"),
+    "iid": ("iid", "iid"),
+    "ood-r": ("ood", "iid"),
+    "ood-v": ("iid", "ood"),
+    "ood-rv": ("ood", "ood"),
+    "slow": ("iid", "low"),
+    "fast": ("iid", "high"),
+    "small": ("low", "iid"),
+    "large": ("high", "iid"),
+}
+TWO_BALLS = {
+    "pretrain": ("pretrain",) * 4,
+    "posttrain": ("posttrain",) * 4,
+    "iid": ("iid",) * 4,
+    "ood-r1": ("ood", "iid", "iid", "iid"),
+    "ood-v1": ("iid", "iid", "ood", "iid"),
+    "ood-r1r2": ("ood", "ood", "iid", "iid"),
+    "ood-v1v2": ("iid", "iid", "ood", "ood"),
+    "ood-r1v1": ("ood", "iid", "ood", "iid"),
+    "ood-all": ("ood",) * 4,
+    "slow": ("iid", "iid", "low", "iid"),
+    "fast": ("iid", "iid", "high", "iid"),
+    "small": ("low", "iid", "iid", "iid"),
+    "large": ("high", "iid", "iid", "iid"),
+}
 
 
 def splits(scenario: str) -> dict[str, tuple[str, ...]]:
-    """Every split of a scenario but `ood`: name -> range names of (radius per ball, speed per ball)."""
+    """Split -> names of ranges, without `ood`. Raises ValueError for an unknown scenario."""
     if scenario not in SCENARIOS:
-        raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
+        choices = ", ".join(SCENARIOS)
+        raise ValueError(f"unknown scenario {scenario!r}: choose one of {choices}")
     return TWO_BALLS if scenario == "collision" else ONE_BALL
 
 
 def levels(scenario: str) -> list[str]:
-    """The out-of-distribution levels that make up the split `ood`."""
+    """The splits of which `ood` is the union."""
     return [name for name in splits(scenario) if name.startswith("ood-")]
 
 
-SHOWN = ("iid", "ood", "slow", "fast", "small", "large")      # the splits of the result tables
-
+# ------------------------------------------------------------------ clips
 
 @dataclass
 class Clips:
-    """Simulated clips. Positions are float64 and exact enough to be the ground truth of every measurement."""
+    """B clips as numbers, not frames: float64, the ground truth of all measurements."""
     scenario: str
     radius: Tensor      # (B, N)
-    velocity: Tensor    # (B, N)        initial speed >= 0, the paper's v; the second ball of a collision moves left
-    position: Tensor    # (B, F, N, 2)  centres
-    inside: Tensor      # (B, F, N)     the ball is wholly in view
+    velocity: Tensor    # (B, N)        initial speed (>= 0); the paper's v
+    position: Tensor    # (B, F, N, 2)  centres; F = 1 before the simulation
+    inside: Tensor      # (B, F, N)     True where the ball is wholly in view
 
     def __len__(self) -> int:
         return len(self.radius)
 
-    def _map(self, f) -> "Clips":
-        return Clips(self.scenario, *(f(getattr(self, field.name)) for field in dataclasses.fields(self)[1:]))
-
     def __getitem__(self, index) -> "Clips":
         """Clips at `index`, a slice or a tensor of indices."""
-        return self._map(lambda x: x[index])
+        return Clips(self.scenario, self.radius[index], self.velocity[index],
+                     self.position[index], self.inside[index])
 
     def to(self, device) -> "Clips":
-        return self._map(lambda x: x.to(device))
+        return Clips(self.scenario, self.radius.to(device), self.velocity.to(device),
+                     self.position.to(device), self.inside.to(device))
 
 
 def sample(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
     """
     n simulated clips of a split. The same arguments give the same clips on every machine and rank.
 
-    split: pretrain, posttrain, iid, ood (all levels in equal shares), a level (see `levels`), slow, fast, small, large.
-    Raises ValueError for an unknown scenario or split and for n < 1.
+    split: pretrain, posttrain, iid, slow, fast, small, large, one of the `levels`, or ood: all
+    levels, one after the other, in equal shares.
+    Raises ValueError for an unknown scenario or split, for n < 1 and for seed < 0.
     """
     return play(first_frames(scenario, split, n, seed))
 
 
 def first_frames(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
-    """What `sample` simulates: clips of one frame, F = 1. All there is to a data set of millions."""
+    """As `sample`, but not simulated: the clips hold the initial states only (F = 1)."""
     known = splits(scenario)
     if split not in known and split != "ood":
-        raise ValueError(f"unknown split {split!r} of {scenario}: choose one of ood, {', '.join(known)}")
+        choices = ", ".join(["ood", *known])
+        raise ValueError(f"unknown split {split!r} of {scenario}: choose one of {choices}")
     if n < 1:
         raise ValueError(f"n = {n}: a sample needs at least one clip")
     if seed < 0:
         raise ValueError(f"seed = {seed}: must be at least 0")
+
     names = levels(scenario) if split == "ood" else [split]
-    share = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
-    drawn = [_initial_states(scenario, name, k, seed) for name, k in zip(names, share) if k]
-    radius, velocity, start = (torch.from_numpy(np.concatenate(x)) for x in zip(*drawn))
-    return Clips(scenario, radius, velocity, start[:, None], _inside(radius, start[:, None]))
+    states = []
+    for i, name in enumerate(names):
+        extra = i < n % len(names)                        # the remainder goes to the first ones
+        count = n // len(names) + extra
+        if count > 0:
+            states.append(_initial_states(scenario, name, count, seed))
+    radius, speed, start = (torch.from_numpy(np.concatenate(x)) for x in zip(*states))
+    position = start[:, None]                             # (B, 1, N, 2)
+    return Clips(scenario, radius, speed, position, _in_view(radius, position))
 
 
 def play(first: Clips) -> Clips:
-    """Clips of which the first frame is known -> the whole clips, simulated."""
-    position = simulate(first.scenario, first.radius, first.velocity, first.position[:, 0])
-    return Clips(first.scenario, first.radius, first.velocity, position, _inside(first.radius, position))
+    """Simulates clips of which only the initial states are known."""
+    start = first.position[:, 0]
+    position = simulate(first.scenario, first.radius, first.velocity, start)
+    inside = _in_view(first.radius, position)
+    return Clips(first.scenario, first.radius, first.velocity, position, inside)
 
 
-def _inside(radius: Tensor, position: Tensor) -> Tensor:
-    return ((position >= radius[:, None, :, None]) & (position <= WORLD - radius[:, None, :, None])).all(-1)
+def _in_view(radius: Tensor, position: Tensor) -> Tensor:
+    """Whether balls are wholly in view: (B, N), (B, F, N, 2) -> (B, F, N)."""
+    r = radius[:, None, :, None]                          # (B, 1, N, 1)
+    return ((position >= r) & (position <= WORLD - r)).all(-1)
 
+
+# ------------------------------------------------------------------ initial states
 
 def _initial_states(scenario: str, split: str, n: int, seed: int) -> tuple[np.ndarray, ...]:
-    """PhyWorld's start rules -> radius (n, N), speed (n, N), first centres (n, N, 2)."""
-    rng = np.random.default_rng([seed, zlib.crc32(f"{scenario}/{split}".encode())])
-
-    def draw(intervals):                                                 # uniform over a union of intervals
-        length = np.array([hi - lo for lo, hi in intervals])
-        x = rng.uniform(0, length.sum(), n)
-        for (lo, _), before, width in zip(intervals, length.cumsum() - length, length):
-            value = np.where((x >= before) & (x <= before + width), lo + x - before, np.nan)
-            result = value if before == 0 else np.where(np.isnan(result), value, result)
-        return result
-
+    """-> radius (n, N), speed (n, N), centre at t = 0 (n, N, 2)."""
+    # Each scenario and split has its own random stream. hash() would differ between processes.
+    stream = zlib.crc32(f"{scenario}/{split}".encode())
+    rng = np.random.default_rng([seed, stream])
     ranges = splits(scenario)[split]
-    if scenario != "collision":
-        r, v = draw(RADIUS[ranges[0]]), draw(SPEED[ranges[1]])
-        room = WORLD - (2.4 * v + r)                                     # in view for 24 frames if started left of this
-        x = np.where(room >= r, rng.uniform(r, np.maximum(room, r)), r + rng.uniform(0, 0.5, n))
-        low, high = (r + 0.5, 9.5 - r) if scenario == "uniform" else (8.5 - r, 9.5 - r)
-        return r[:, None], v[:, None], np.stack([x, rng.uniform(low, high)], -1)[:, None]
+    if scenario == "collision":
+        return _start_collision(rng, ranges, n)
+    return _start_one_ball(rng, ranges, n, thrown=scenario == "parabola")
 
-    r, v, gap_low, gap_high = np.zeros((n, 2)), np.zeros((n, 2)), np.ones(n), np.zeros(n)
-    while (redo := gap_low > gap_high).any():                            # no room for an impact after 0.8 s: draw again
-        new_r = np.stack([draw(RADIUS[ranges[i]]) for i in (0, 1)], -1)
-        new_v = np.stack([draw(SPEED[ranges[i]]) for i in (2, 3)], -1)
-        r, v = np.where(redo[:, None], new_r, r), np.where(redo[:, None], new_v, v)
+
+def _draw(rng: np.random.Generator, intervals: list[tuple[float, float]], n: int) -> np.ndarray:
+    """n values, uniform over a union of intervals."""
+    low, high = np.array(intervals).T
+    length = high - low
+    end = length.cumsum()                                 # the intervals laid end to end from 0
+    begin = end - length
+    x = rng.uniform(0, end[-1], n)
+    i = np.searchsorted(end, x)                           # the interval in which x lies
+    return low[i] + x - begin[i]
+
+
+def _start_one_ball(rng: np.random.Generator, ranges: tuple[str, ...], n: int, thrown: bool):
+    r = _draw(rng, RADIUS[ranges[0]], n)
+    v = _draw(rng, SPEED[ranges[1]], n)
+
+    rightmost = WORLD - (IN_VIEW * v + r)                 # started here, in view for IN_VIEW s
+    x_slow = rng.uniform(r, np.maximum(rightmost, r))
+    x_fast = r + rng.uniform(0, GAP, n)                   # too fast for it: near the left edge
+    x = np.where(rightmost >= r, x_slow, x_fast)
+
+    lowest = WORLD - DROP - r if thrown else r + GAP
+    y = rng.uniform(lowest, WORLD - GAP - r)
+    return r[:, None], v[:, None], np.stack([x, y], -1)[:, None]
+
+
+def _start_collision(rng: np.random.Generator, ranges: tuple[str, ...], n: int):
+    r, v = np.zeros((n, 2)), np.zeros((n, 2))
+    redo = np.ones(n, dtype=bool)
+    while redo.any():
+        # Values for all n clips are drawn each time, and used where redo is True.
+        new_r = np.stack([_draw(rng, RADIUS[name], n) for name in ranges[:2]], -1)
+        new_v = np.stack([_draw(rng, SPEED[name], n) for name in ranges[2:]], -1)
+        r = np.where(redo[:, None], new_r, r)
+        v = np.where(redo[:, None], new_v, v)
+
+        # The distance of the centres at t = 0 decides when they are r1 + r2 apart: the impact.
         closing, touch = v.sum(1), r.sum(1)
-        gap_low = 0.8 * closing + touch                                  # centres apart: impact at 0.8 s ...
-        gap_high = np.minimum(2.4 * closing + touch, WORLD - touch)      # ... to 2.4 s, both balls in view
-    gap = rng.uniform(gap_low, gap_high)
-    left = rng.uniform(r[:, 0], np.maximum(WORLD - r[:, 1] - gap, r[:, 0]))
-    y = rng.uniform(r.max(1) + 0.5, 9.5 - r.max(1))
-    return r, v, np.stack([np.stack([left, y], -1), np.stack([left + gap, y], -1)], 1)
+        nearest = IMPACT[0] * closing + touch
+        farthest = np.minimum(IMPACT[1] * closing + touch, WORLD - touch)     # both in view
+        redo = nearest > farthest                         # no room for this impact
+
+    distance = rng.uniform(nearest, farthest)
+    rightmost = WORLD - r[:, 1] - distance                # of ball 1, with ball 2 in view
+    x1 = rng.uniform(r[:, 0], np.maximum(rightmost, r[:, 0]))
+    x2 = x1 + distance
+    y = rng.uniform(r.max(1) + GAP, WORLD - GAP - r.max(1))
+    start = np.stack([np.stack([x1, y], -1), np.stack([x2, y], -1)], 1)
+    return r, v, start
 
 
-def initial_velocity(scenario: str, speed: Tensor) -> Tensor:
-    """Speeds (B, N) -> velocity vectors (B, N, 2) at t = 0. The first ball moves right, the second left."""
-    sign = torch.tensor([1.0, -1.0], dtype=speed.dtype, device=speed.device)[: speed.shape[1]]
-    return torch.stack([speed * sign, torch.zeros_like(speed)], -1)
+def initial_velocity(speed: Tensor) -> Tensor:
+    """Speed (B, N) -> velocity (B, N, 2). The first ball moves right, the second left."""
+    sign = torch.tensor([1.0, -1.0], dtype=speed.dtype, device=speed.device)
+    vx = speed * sign[:speed.shape[1]]
+    return torch.stack([vx, torch.zeros_like(speed)], -1)
 
 
 # ------------------------------------------------------------------ physics
 
-def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor, substeps: int = SUBSTEPS,
-             scenes: int = SCENES) -> Tensor:
+def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor,
+             substeps: int = SUBSTEPS, scenes: int = SCENES) -> Tensor:
     """
-    Plays initial states out in pymunk: radius, velocity (B, N) and start (B, N, 2) -> positions (B, F, N, 2), float64.
+    Simulates clips with pymunk -> positions (B, F, N, 2), float64.
 
-    Many scenes share one Space, each in its own storey of a tower, one view height above the last. No scenario changes
-    the relative height of two balls (forces act on all alike, impacts are head-on), so storeys never touch.
-    Raises ValueError for shapes that do not fit, non-finite values, radius <= 0 or velocity < 0 (pymunk itself would
-    abort the process or, worse, go on in silence), and for balls outside the view's height or not head-on.
+    radius (B, N), velocity (B, N; the initial speed) and start (B, N, 2; the centres at t = 0).
+    scenes: number of clips that share a Space.
+    Raises ValueError for wrong shapes, non-finite values, radius <= 0 and velocity < 0, for which
+    pymunk would abort the process or compute nonsense, and for balls that reach above or below the
+    view or start at different heights, which could hit balls of other clips.
     """
-    splits(scenario)                                                     # raises for an unknown scenario
-    balls = 2 if scenario == "collision" else 1
-    radius, velocity, start = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (radius, velocity, start))
-    if radius.ndim != 2 or not len(radius) or radius.shape[1] != balls or velocity.shape != radius.shape \
-            or start.shape != (*radius.shape, 2):
-        raise ValueError(f"{scenario} needs radius (B, {balls}), velocity (B, {balls}), start (B, {balls}, 2); got "
-                         f"{tuple(radius.shape)}, {tuple(velocity.shape)}, {tuple(start.shape)}")
-    for name, x in (("radius", radius), ("velocity", velocity), ("start", start)):
-        if not torch.isfinite(x).all():
-            raise ValueError(f"{name} holds NaN or infinity: every initial state must be finite")
+    radius, velocity, start = (torch.as_tensor(x, dtype=torch.float64).cpu()
+                               for x in (radius, velocity, start))
+    _check_states(scenario, radius, velocity, start)
+    positions = []
+    for i in range(0, len(radius), scenes):
+        part = slice(i, i + scenes)
+        positions.append(_simulate_in_one_space(
+            scenario, radius[part], velocity[part], start[part], substeps))
+    return torch.cat(positions)
+
+
+def _check_states(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor) -> None:
+    splits(scenario)                                      # raises for an unknown scenario
+    N = 2 if scenario == "collision" else 1
+    B = radius.numel() // N
+    got = [tuple(x.shape) for x in (radius, velocity, start)]
+    if B == 0 or got != [(B, N), (B, N), (B, N, 2)]:
+        raise ValueError(f"{scenario} needs radius (B, {N}), velocity (B, {N}), start (B, {N}, 2) "
+                         f"with B > 0; got {got[0]}, {got[1]}, {got[2]}")
+    _check_finite(radius=radius, velocity=velocity, start=start)
     if (radius <= 0).any() or (velocity < 0).any():
-        raise ValueError("radius must be > 0 and velocity >= 0 (a speed; directions follow from the scenario)")
+        raise ValueError("radius must be > 0 and velocity (a speed without direction) >= 0")
     y = start[..., 1]
     if (y < radius).any() or (y > WORLD - radius).any() or (y != y[:, :1]).any():
-        raise ValueError("start must lie within the view's height, both balls of a collision at the same height")
-    parts = [_simulate_tower(scenario, *(x[i:i + scenes] for x in (radius, velocity, start)), substeps)
-             for i in range(0, len(radius), scenes)]
-    return torch.cat(parts)
+        raise ValueError("start must lie within the view's height, and both balls of a collision "
+                         "at the same height")
 
 
-def _simulate_tower(scenario: str, radius: Tensor, speed: Tensor, start: Tensor, substeps: int) -> Tensor:
+def _check_finite(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def _simulate_in_one_space(scenario: str, radius: Tensor, speed: Tensor, start: Tensor,
+                           substeps: int) -> Tensor:
+    """
+    As `simulate`. The clips are stacked: clip b is moved up by b view heights. Balls of different
+    clips never touch: single balls have no shape, and colliding balls keep their height.
+    """
     B, N = radius.shape
     step = DT / substeps
-    velocity = initial_velocity(scenario, speed)
+    velocity = initial_velocity(speed)
     space = pymunk.Space()
     if scenario == "parabola":
         space.gravity = (0, -GRAVITY)
-        velocity[..., 1] -= GRAVITY * step / 2                           # makes symplectic Euler exact for a projectile
-    storey = torch.zeros(B, 1, 2, dtype=torch.float64)
-    storey[:, 0, 1] = WORLD * torch.arange(B)
-    for r, (x, y), v in zip(radius.flatten().tolist(), (start + storey).reshape(-1, 2).tolist(),
-                            velocity.reshape(-1, 2).tolist()):
-        mass = math.pi * r * r                                           # density 1
-        body = pymunk.Body(mass, pymunk.moment_for_circle(mass, 0, r))
-        body.position, body.velocity = (x, y), v
-        space.add(body)
-        if N > 1:                                                        # a single ball meets nothing: no shape needed
-            ball = pymunk.Circle(body, r)
-            ball.elasticity, ball.friction = 1.0, 0.0
-            space.add(ball)
+        velocity[..., 1] -= GRAVITY * step / 2            # leapfrog: exact for constant forces
+    offset = torch.zeros(B, 1, 2, dtype=torch.float64)    # broadcasts over the balls
+    offset[:, 0, 1] = WORLD * torch.arange(B)
 
-    buffer, frames = pymunk.batch.Buffer(), []
-    for frame in range(FRAMES):
-        for _ in range(substeps if frame else 0):
-            space.step(step)
+    radii = radius.flatten().tolist()
+    centers = (start + offset).reshape(-1, 2).tolist()
+    velocities = velocity.reshape(-1, 2).tolist()
+    for r, (x, y), (vx, vy) in zip(radii, centers, velocities):
+        mass = math.pi * r * r                            # density 1
+        body = pymunk.Body(mass, pymunk.moment_for_circle(mass, 0, r))
+        body.position = x, y
+        body.velocity = vx, vy
+        space.add(body)
+        if N > 1:                                         # only a ball with a shape can collide
+            circle = pymunk.Circle(body, r)
+            circle.elasticity = 1.0
+            circle.friction = 0.0
+            space.add(circle)
+
+    buffer = pymunk.batch.Buffer()
+    frames = []
+    for f in range(FRAMES):
+        if f > 0:
+            for _ in range(substeps):
+                space.step(step)
         buffer.clear()
         pymunk.batch.get_space_bodies(space, pymunk.batch.BodyFields.POSITION, buffer)
-        frames.append(np.frombuffer(bytes(buffer.float_buf()), np.float64).reshape(B, N, 2))
-    return torch.from_numpy(np.stack(frames, 1)) - storey[:, None]       # (B, F, N, 2)
+        copied = bytes(buffer.float_buf())                # float64, in the order of space.add
+        frames.append(np.frombuffer(copied, np.float64).reshape(B, N, 2))
+    return torch.from_numpy(np.stack(frames, 1)) - offset[:, None]
 
 
 def impact_time(clips: Clips) -> Tensor:
-    """Seconds until the two balls of a collision touch (B,); infinity when they never do, or with one ball."""
-    if clips.radius.shape[1] == 1:
-        return torch.full((len(clips),), math.inf, dtype=torch.float64, device=clips.radius.device)
-    gap = clips.position[:, 0, 1, 0] - clips.position[:, 0, 0, 0] - clips.radius.sum(1)
+    """Seconds from t = 0 until the two balls touch (B,). inf if they never do or N = 1."""
+    B, N = clips.radius.shape
+    if N == 1:
+        return torch.full((B,), math.inf, dtype=torch.float64, device=clips.radius.device)
+    x1, x2 = clips.position[:, 0, :, 0].unbind(1)
+    gap = x2 - x1 - clips.radius.sum(1)
     closing = clips.velocity.sum(1)
     return torch.where(closing > 0, gap / closing, math.inf)
 
 
 def closed_form(clips: Clips) -> Tensor:
-    """The analytic solution from the clips' own initial states -> positions (B, F, N, 2), float64."""
-    t = DT * torch.arange(FRAMES, dtype=torch.float64, device=clips.position.device)[:, None, None]      # (F, 1, 1)
-    start = clips.position[:, :1]                                                                        # (B, 1, N, 2)
-    before = initial_velocity(clips.scenario, clips.velocity)                                            # (B, N, 2)
+    """The exact positions, computed from the initial states only -> (B, F, N, 2), float64."""
+    t = DT * torch.arange(FRAMES, dtype=torch.float64, device=clips.position.device)
+    t = t[:, None, None]                                          # (F, 1, 1)
+    start = clips.position[:, :1]                                 # (B, 1, N, 2)
+    velocity = initial_velocity(clips.velocity)                   # (B, N, 2)
     if clips.scenario != "collision":
-        position = start + before[:, None] * t                                                           # (B, F, N, 2)
+        position = start + velocity[:, None] * t                  # (B, F, N, 2)
         if clips.scenario == "parabola":
             position[..., 1] -= 0.5 * GRAVITY * t[..., 0] ** 2
         return position
-    mass = (clips.radius ** 2)[..., None]                                                                # (B, N, 1)
-    mean = (mass * before).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
-    after = 2 * mean - before                     # an elastic impact mirrors velocities at that of the centre of mass
-    hit = impact_time(clips)[:, None, None, None]
-    return start + before[:, None] * t.minimum(hit) + after[:, None] * (t - hit).clamp(min=0)
+
+    # A head-on elastic impact changes v to 2 v_cm - v, with v_cm of the centre of mass.
+    mass = (clips.radius ** 2)[..., None]                         # (B, N, 1)  without factor pi
+    v_cm = (mass * velocity).sum(1, keepdim=True) / mass.sum(1, keepdim=True)
+    velocity_after = 2 * v_cm - velocity                          # (B, N, 2)
+    impact = impact_time(clips)[:, None, None, None]              # (B, 1, 1, 1)
+    time_before = t.minimum(impact)                               # (B, F, 1, 1)
+    time_after = (t - impact).clamp(min=0)
+    return start + velocity[:, None] * time_before + velocity_after[:, None] * time_after
 
 
 # ------------------------------------------------------------------ pictures
 
 def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tensor:
     """
-    Paints balls on white, the first red, the second blue -> frames (B, F, 3, size, size), float32 in [0, 1].
+    Paints balls on white -> frames (B, F, 3, size, size), float32 in [0, 1].
 
-    position (B, F, N, 2) and radius (B, N) in world units, on any device. A pixel's colour is mixed by the area the
-    ball covers of it: the pixel is cut into `slices` thin columns, and in each the disc is its exact chord. So the
-    centre of a painted ball is sub-pixel: velocity_error of perfect 8-bit frames is 0.013 / 0.0037 / 0.0014 at
-    32 / 64 / 128 pixels (uniform motion).
-    Raises ValueError for shapes that do not fit or NaN.
+    position (B, F, N, 2) and radius (B, N) in world units, on any device. The first ball is red,
+    the second blue. A pixel on an edge mixes white and the ball's colour by the share of its area
+    that the ball covers. This share is an integral: exact along y, a sum of `slices` along x.
+    Raises ValueError for wrong shapes and for NaN.
     """
     if position.ndim != 4 or position.shape[-1] != 2 or radius.shape != position[:, 0, :, 0].shape:
-        raise ValueError(f"render needs position (B, F, N, 2) and radius (B, N); got {tuple(position.shape)} and "
-                         f"{tuple(radius.shape)}")
-    if not (torch.isfinite(position).all() and torch.isfinite(radius).all()):
-        raise ValueError("position or radius holds NaN or infinity: nothing can be painted there")
-    B, F, N, _ = position.shape
-    scale = size / WORLD
-    center = (position * scale).float()[..., None, None]                              # (B, F, N, 2, 1, 1) pixels
-    cx, cy = center[:, :, :, 0], size - center[:, :, :, 1]                            # (B, F, N, 1, 1)   row 0 is on top
-    r = (radius * scale).float()[:, None, :, None, None]                              # (B, 1, N, 1, 1)
+        raise ValueError("render needs position (B, F, N, 2) and radius (B, N); "
+                         f"got {tuple(position.shape)} and {tuple(radius.shape)}")
+    _check_finite(position=position, radius=radius)
+    N = radius.shape[1]
+    scale = size / WORLD                                          # pixels per world unit
+    center = (position * scale).float()[..., None, None]          # (B, F, N, 2, 1, 1)
+    cx = center[:, :, :, 0]                                       # (B, F, N, 1, 1)
+    cy = size - center[:, :, :, 1]                                # row 0 is on top
+    r = (radius * scale).float()[:, None, :, None, None]          # (B, 1, N, 1, 1)
     edge = torch.arange(size, device=position.device, dtype=torch.float32)
-    column, top = edge[None, :], edge[:, None]                                        # (1, W), (H, 1)
-    covered = 0
+    left = edge[None, :]                                          # (1, W)
+    top = edge[:, None]                                           # (H, 1)
+
+    covered = 0                                                   # share of each pixel
     for i in range(slices):
-        x = column + (i + 0.5) / slices - cx                                          # (B, F, N, 1, W)
-        chord = (r * r - x * x).clamp(min=0).sqrt()                                   # half its height
-        covered = covered + ((cy + chord).minimum(top + 1) - (cy - chord).maximum(top)).clamp(0, 1)
-    covered = covered / slices                                                        # (B, F, N, H, W)
-    red = covered[:, :, 0]
-    blue = covered[:, :, 1] if N > 1 else torch.zeros_like(red)
-    return torch.stack([1 - blue, 1 - red - blue, 1 - red], 2).clamp(0, 1)            # (B, F, 3, H, W)
+        x = left + (i + 0.5) / slices - cx                        # (B, F, N, 1, W)
+        half_chord = (r * r - x * x).clamp(min=0).sqrt()          # half the disc's height at x
+        upper = (cy - half_chord).maximum(top)                    # (B, F, N, H, W)
+        lower = (cy + half_chord).minimum(top + 1)
+        covered = covered + (lower - upper).clamp(0, 1)
+    covered = covered / slices
+
+    red_ball = covered[:, :, 0]                                   # (B, F, H, W)
+    blue_ball = covered[:, :, 1] if N > 1 else torch.zeros_like(red_ball)
+    red, green, blue = 1 - blue_ball, 1 - red_ball - blue_ball, 1 - red_ball
+    return torch.stack([red, green, blue], 2).clamp(0, 1)
 
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """Frames in [0, 1] -> the same as stored pictures, uint8."""
+    """Frames in [0, 1] -> 8-bit frames, as a saved picture holds them."""
     return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _tile(rows: list[Tensor], labels: list[str], pixels: int) -> Image.Image:
-    """Rows of pictures [(n, 3, H, W), ...] -> one picture, a label to the left of each row."""
-    gap, margin = 3, (8 + 6 * max(map(len, labels)) if labels else 0)
-    height, width = len(rows) * (pixels + gap) + gap, margin + len(rows[0]) * (pixels + gap) + gap
-    canvas = Image.new("RGB", (width, height), (120, 120, 120))
-    draw = ImageDraw.Draw(canvas)
-    if labels:
-        draw.rectangle((0, 0, margin, height), fill="white")
-    for i, row in enumerate(rows):
-        y = gap + i * (pixels + gap)
-        if labels:
-            draw.text((4, y + pixels // 2 - 6), labels[i], fill="black")
-        for j, picture in enumerate(to_uint8(row).permute(0, 2, 3, 1).cpu().numpy()):
-            canvas.paste(Image.fromarray(picture).resize((pixels, pixels), Image.NEAREST),
-                         (margin + gap + j * (pixels + gap), y))
-    return canvas
-
-
-def save_strip(path, rows: list[Tensor], labels: list[str] = (), every: int = 4, pixels: int = 96) -> None:
-    """A film strip: one row per clip (F, 3, H, W), every `every`-th frame and the last, written as one PNG."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    shown = [*range(0, len(rows[0]), every)]
-    shown += [] if shown[-1] == len(rows[0]) - 1 else [len(rows[0]) - 1]
-    _tile([row[shown] for row in rows], list(labels), pixels).save(path)
-
-
-def save_gif(path, rows: list[Tensor], labels: list[str] = (), pixels: int = 160) -> None:
-    """A moving picture: rows[i] is a batch of clips (n, F, 3, H, W) side by side; rows stand below each other."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    images = [_tile([row[:, f] for row in rows], list(labels), pixels) for f in range(rows[0].shape[1])]
-    images = [image.convert("P", palette=Image.ADAPTIVE) for image in images]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=int(1000 * DT), loop=0)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -352,17 +437,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/sim", help="folder (default: runs/sim)")
     args = parser.parse_args(argv)
+    import pictures                                               # here: it imports sim itself
     try:
         if args.size < 8:
             raise ValueError(f"--size {args.size}: use at least 8 pixels")
         for scenario in SCENARIOS:
             clips = sample(scenario, args.split, 4, args.seed)
             frames = render(clips.position, clips.radius, args.size)
-            off = (clips.position - closed_form(clips)).norm(dim=-1).max()
-            save_gif(Path(args.out, f"{scenario}.gif"), [frames])
-            save_strip(Path(args.out, f"{scenario}.png"), list(frames))
-            print(f"{scenario:10s} {args.out}/{scenario}.gif, .png   4 {args.split} clips, at most {off:.4f} units "
-                  "from the closed form")
+            error = (clips.position - closed_form(clips)).norm(dim=-1).max()
+            names = [f"{args.split} {i + 1}" for i in range(len(clips))]
+            path = Path(args.out, scenario)
+            pictures.save_gif(path.with_suffix(".gif"), {"": frames}, names)      # side by side
+            rows = dict(zip(names, frames[:, None]))
+            pictures.save_strip(path.with_suffix(".png"), rows, [""])             # a row per clip
+            print(f"{scenario:10s} {args.out}/{scenario}.gif, .png   4 {args.split} clips, "
+                  f"at most {error:.4f} units from the closed form")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -1,8 +1,12 @@
 """
-The scripts as a user runs them, with a few steps each: alone, killed and continued, on two ranks, and with bad input.
+The stages as a user runs them, with a few steps each: one after the other, from nothing, stopped,
+on two ranks, and with bad input. main() is called in this process, except where a signal or
+torchrun is what counts.
 
     pytest tests/test_pipeline.py
 """
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -18,38 +22,57 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import baselines
+import checkpoint
 import ddt
+import evaluate
 import grpo
 import reward
 import sft
 import sim
 import train
+import vae
+from checkpoint import UserError, checkpoints
+from experiments import vqgan
 from lm import Llama
-from train import Problem
 
 ROOT = Path(__file__).parent.parent
-DDT = ["--vae_steps", "4", "--vae_batch", "8", "--steps", "8", "--batch", "8", "--clips", "16",
-       "--save_every", "2", "--eval_clips", "2"]
-SFT = ["--steps", "4", "--batch", "4", "--clips", "16", "--eval_clips", "2", "--save_every", "1"]
-GRPO = ["--steps", "2", "--prompts", "3", "--group", "2", "--clips", "8", "--eval_clips", "2", "--save_every", "1"]
+FLAGS = {
+    "vae": dict(width=8, steps=4, batch=8, clips=16, eval_clips=2),
+    "ddt": dict(steps=8, batch=8, clips=16, save_every=2, eval_clips=2),
+    "sft": dict(steps=4, batch=4, clips=16, save_every=1, eval_clips=2),
+    "grpo": dict(steps=2, prompts=3, group=2, clips=8, save_every=1, eval_clips=2),
+    "vqgan": dict(size=24, width=8, steps=4, batch=8, clips=16, eval_clips=2)}
+MAINS = {"vae": vae.main, "ddt": ddt.main, "sft": sft.main, "grpo": grpo.main, "vqgan": vqgan.main}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(script: str, *args: str, ranks: int = 0) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
-    return subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True, env=ENV, timeout=240)
+def argv(stage: str, out: Path, *more) -> list[str]:
+    flags = [f"--{name}={value}" for name, value in FLAGS[stage].items()]
+    return ["--out", str(out), *flags, *map(str, more)]
+
+
+def run(stage: str, out: Path, *more) -> str:
+    """A stage's command, in this process -> what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        MAINS[stage](argv(stage, out, *more))
+    return printed.getvalue()
 
 
 def complaint(capsys, main, *args) -> str:
-    """What a script says before it ends with code 2."""
-    capsys.readouterr()                                                           # of what ran before
+    """What a script prints before it ends with code 2."""
+    capsys.readouterr()                                     # of what ran before
     with pytest.raises(SystemExit) as end:
         train.cli(lambda: main([str(x) for x in args]))
     assert end.value.code == 2
-    said = capsys.readouterr().err.strip()
-    assert "Traceback" not in said
-    return said
+    error = capsys.readouterr().err.strip()
+    assert "Traceback" not in error
+    return error
+
+
+def copy(finished: Path, out: Path, *stages: str) -> Path:
+    for stage in stages:
+        shutil.copytree(finished / stage, out / stage)
+    return out
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -62,174 +85,287 @@ def same(a: dict, b: dict, tolerance: float = 0) -> None:
         assert (a[name].double() - b[name].double()).abs().max() <= tolerance, name
 
 
-def steps(log: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in log.read_text().splitlines()]
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture
+def one_split(monkeypatch):
+    """Tables of the iid split only, and few clips for the tokenizer's centre error."""
+    monkeypatch.setattr(ddt.center_error, "__defaults__", (2,))
+    defaults = evaluate.add_rows.__defaults__
+    few = tuple(("iid",) if x == evaluate.SPLITS else x for x in defaults)
+    monkeypatch.setattr(evaluate.add_rows, "__defaults__", few)
+    monkeypatch.setattr(evaluate, "SPLITS", ("iid",))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A run folder with every stage done in a few steps, each by its own command."""
     out = tmp_path_factory.mktemp("run")
-    for script, args in (("ddt.py", DDT), ("sft.py", SFT), ("grpo.py", GRPO)):
-        result = run(script, "--out", out, *args)
-        assert result.returncode == 0, result.stderr
-        (out / f"{script}.txt").write_text(result.stdout)
+    for stage in ("vae", "ddt", "sft", "grpo"):
+        (out / f"{stage}.txt").write_text(run(stage, out))
     return out
+
+
+# ------------------------------------------------------------------ a finished run
 
 
 def test_every_stage_leaves_a_model_a_log_and_no_checkpoint(finished):
     for stage, n in (("vae", 4), ("ddt", 8), ("sft", 4), ("grpo", 2)):
-        assert steps(finished / stage / "log.jsonl") == list(range(n))
+        assert [line["step"] for line in log_of(finished / stage)] == list(range(n))
         assert (finished / stage / "config.json").exists() and weights(finished / stage)
-        assert not list((finished / stage).glob("checkpoint-*"))
+        assert not checkpoints(finished / stage)
     assert not list(finished.rglob("*.part"))
 
 
 def test_the_table_has_every_row_and_split(finished):
-    results = json.loads((finished / "results.json").read_text())
-    assert list(results) == ["ground truth", "VAE", "DDT", "SFT", "SFT + RL"]
-    for row, result in results.items():
+    table, printed = results(finished), (finished / "grpo.txt").read_text()
+    assert list(table) == ["ground truth", "VAE", "DDT", "SFT", "SFT + RL"]
+    for row, result in table.items():
         assert {"iid", "ood", "slow", "fast", "small", "large"} <= set(result["uniform"])
-        assert row in (finished / "grpo.py.txt").read_text()
-    assert results["ground truth"]["uniform"]["iid"]["drift_error"] < 0.01
+        assert row in printed
+    assert table["ground truth"]["uniform"]["iid"]["drift_error"] < 0.01
+    assert "posttrain" in table["SFT + RL"]["uniform"]
+    assert "SFT + RL minus SFT" in printed and "clips.gif" in printed.splitlines()[-1]
 
 
 def test_pictures_are_there(finished):
     with Image.open(finished / "clips.gif") as gif:
-        assert gif.n_frames > 3                                                   # equal pictures are merged
+        assert gif.n_frames > 3                             # equal pictures are merged
     for name in ("clips.png", "ddt/reconstruction.png"):
         with Image.open(finished / name) as picture:
             assert picture.width > 200 and picture.height > 100
 
 
 def test_health_is_logged(finished):
-    line = json.loads((finished / "grpo" / "log.jsonl").read_text().splitlines()[0])
-    assert {"reward", "reward_std", "rewards/velocity/mean", "rewards/mass/mean", "frac_reward_zero_std", "kl", "entropy",
-            "clip_ratio/region_mean", "grad_norm", "learning_rate", "step_time"} <= set(line)
-    assert abs(line["kl"]) < 1e-5 and line["clip_ratio/region_mean"] == 0          # before the first update nothing has moved
-    assert abs(line["reward"] - line["rewards/velocity/mean"] - line["rewards/mass/mean"]) < 1e-3
+    line = log_of(finished / "grpo")[0]
+    assert {"reward", "reward_std", "rewards/velocity/mean", "rewards/mass/mean", "kl", "entropy",
+            "frac_reward_zero_std", "kl_pretrain", "clip_ratio/region_mean", "loss", "grad_norm",
+            "learning_rate", "step_time"} <= set(line)
+    # before the first update nothing has moved
+    assert abs(line["kl"]) < 1e-5 and line["clip_ratio/region_mean"] == 0
+    sum_of_parts = line["rewards/velocity/mean"] + line["rewards/mass/mean"]
+    assert abs(line["reward"] - sum_of_parts) < 1e-3
+
+
+def random_reward(frames, clips, horizon):
+    ahead = torch.rand(frames.shape[:2])                    # (B, F)
+    return {"reward": ahead.mean(1), "velocity": ahead.mean(1), "mass": ahead[:, 0], "ahead": ahead}
+
+
+@pytest.mark.parametrize("whole_clip", [False, True])
+def test_the_logged_loss_is_that_of_the_formula(finished, tmp_path, monkeypatch, whole_clip):
+    """
+    At ratio 1 it is -mean(A) + beta KL + beta_pretrain KL on SFT's range. Advantages of whole clips
+    have mean 0 in each group.
+    """
+    copy(finished, tmp_path, "vae", "ddt", "sft")
+    monkeypatch.setattr(reward, "reward", random_reward)
+    mean_advantages, rollout = [], grpo.rollout
+
+    def recorded(*args):
+        result = rollout(*args)
+        mean_advantages.append(result[0].advantage.mean().item())
+        return result
+    monkeypatch.setattr(grpo, "rollout", recorded)
+    config = grpo.Config(out=str(tmp_path), steps=4, prompts=3, group=4, clips=8, micro_batch=5,
+                         lr=1e-2, warmup=1, whole_clip=whole_clip)
+    world = train.World(0, 1, torch.device("cpu"))
+    reference = sft.load(tmp_path / "sft").requires_grad_(False)
+    grpo.train_grpo(config, ddt.DDT.load(tmp_path / "ddt"), reference, world)
+
+    lines = log_of(tmp_path / "grpo")
+    assert len(lines) == len(mean_advantages) == 4
+    for line, A in zip(lines, mean_advantages):
+        assert not whole_clip or abs(A) < 1e-6
+        divergence = config.beta * line["kl"] + config.beta_pretrain * line["kl_pretrain"]
+        assert line["loss"] == pytest.approx(-A + divergence, rel=1e-4, abs=1e-6)
+        assert line["clip_ratio/region_mean"] == 0
+    assert lines[0]["kl"] < 1e-6 and lines[0]["kl_pretrain"] < 1e-6
+    assert lines[-1]["kl"] > 1e-3 and lines[-1]["kl_pretrain"] > 1e-3
 
 
 def test_a_finished_run_is_not_done_again(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
-    result = run("grpo.py", "--out", finished, *GRPO)
-    assert result.returncode == 0 and "is missing" not in result.stdout and "is trained" in result.stdout
+    printed = run("grpo", finished)
+    assert "is missing" not in printed and "is trained" in printed
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 
 
 def test_a_run_killed_while_it_evaluated_gets_its_whole_table(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / "results.json").unlink()
-    (tmp_path / "run" / "ddt" / "reconstruction.png").unlink()
-    result = run("grpo.py", "--out", tmp_path / "run", *GRPO)
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
-    assert (tmp_path / "run" / "ddt" / "reconstruction.png").exists()
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "results.json").unlink()
+    (out / "ddt" / "reconstruction.png").unlink()
+    run("grpo", out)
+    assert results(out) == results(finished)
+    assert (out / "ddt" / "reconstruction.png").exists()
 
 
-def test_sft_starts_from_given_weights(finished, tmp_path, capsys, monkeypatch):
+def test_from_nothing(finished, tmp_path, monkeypatch, one_split):
+    """grpo.py alone trains all stages, each as its own command does with its preset's flags."""
+    for stage in (vae, ddt, sft):
+        monkeypatch.setitem(stage.PRESETS, "tiny", FLAGS[stage.__name__])
+    printed = run("grpo", tmp_path)
+    for stage in ("vae", "ddt", "sft", "grpo"):
+        same(weights(tmp_path / stage), weights(finished / stage))
+        assert stage == "grpo" or f"{tmp_path / stage} is missing: training it first" in printed
+
+
+# ------------------------------------------------------------------ other ways through the stages
+
+
+def test_sft_starts_from_given_weights(finished, tmp_path, capsys, one_split):
     """--llm: loaded, extended by 256 codes, trained, saved; the text part is still there."""
     llm = shutil.copytree(ROOT / "tests" / "fixtures" / "llama31", tmp_path / "llm")
-    for stage in ("vae", "ddt"):
-        shutil.copytree(finished / stage, tmp_path / "run" / stage)
-    args = ["--out", tmp_path / "run", "--llm", llm, *SFT]
+    out = copy(finished, tmp_path / "run", "vae", "ddt")
+    args = argv("sft", out, "--llm", llm)
     config = json.loads((llm / "config.json").read_text())
-    context = lambda n: (llm / "config.json").write_text(json.dumps(config | {"max_position_embeddings": n}))
-    context(128)
+
+    def set_context(n):
+        text = json.dumps(config | {"max_position_embeddings": n})
+        (llm / "config.json").write_text(text)
+    set_context(128)
     short = complaint(capsys, sft.main, *args)
     assert "129 tokens, this model's context 128" in short and "\n" not in short
-    context(129)
-    monkeypatch.setattr(sim, "SHOWN", ("iid",))                                   # one split to evaluate, for time
-    sft.main([str(x) for x in args])
-    model = Llama.load(tmp_path / "run" / "sft")
+    set_context(129)
+    sft.main(args)
+    model = Llama.load(out / "sft")
     assert model.config.vocab_size == 320 + 256 and model.config.n_visual == 256
     before = Llama.load(llm, n_visual=256).head.detach()
     moved = (model.head.detach() - before).abs().amax(1) > 0
-    assert moved[320:].all()                                     # every code is in the softmax
+    assert moved[320:].all()                                # every code is in the softmax
     (llm / "config.json").unlink()
     missing = complaint(capsys, sft.main, *args, "--fresh")
     assert "config.json" in missing and "\n" not in missing
 
 
-def test_a_vae_of_diffusers(tmp_path, monkeypatch, capsys):
+def test_a_vae_of_diffusers(tmp_path, capsys, one_split):
+    """--vae: copied into the run folder; another one is refused and deletes nothing."""
     sd1, sd3 = (ROOT / "tests" / "fixtures" / name for name in ("vae-sd1", "vae-sd3"))
-    monkeypatch.setattr(sim, "SHOWN", ("iid",))
-    ddt.main(["--out", str(tmp_path), *DDT, "--vae", str(sd3)])
-    assert "step 4: quantization starts, but" in capsys.readouterr().out           # in 4 steps nothing is learnt
-    assert not (tmp_path / "vae" / "log.jsonl").exists()                          # not trained
-    same(weights(tmp_path / "vae"), load_file(sd3 / "diffusion_pytorch_model.safetensors"))
-    assert load_file(tmp_path / "ddt" / "model.safetensors")["decoder.latent_out.weight"].shape[0] == 16 * 2 * 2
-    with pytest.raises(Problem, match="holds another VAE"):
-        ddt.main(["--out", str(tmp_path), *DDT, "--vae", str(sd1)])
-    with pytest.raises(Problem, match="nowhere"):
-        ddt.main(["--out", str(tmp_path / "new"), *DDT, "--vae", str(tmp_path / "nowhere")])
+    file = "diffusion_pytorch_model.safetensors"
+
+    def stage(out, source, *more):
+        ddt.main(argv("ddt", out, "--vae", source, *more))
 
     def row(name):
-        return json.loads((tmp_path / "results.json").read_text())[name]["uniform"]["iid"]
-    before = weights(tmp_path / "ddt"), row("VAE")
-    with pytest.raises(Problem, match="nowhere"):
-        ddt.main(["--out", str(tmp_path), *DDT, "--fresh", "--vae", str(tmp_path / "nowhere")])
-    same(weights(tmp_path / "ddt"), before[0])                                    # a slip of the pen deletes nothing
-    ddt.main(["--out", str(tmp_path), *DDT, "--fresh", "--vae", str(tmp_path / "vae")])
-    same(weights(tmp_path / "vae"), load_file(sd3 / "diffusion_pytorch_model.safetensors"))
-    same(weights(tmp_path / "ddt"), before[0])
-    assert row("VAE") == before[1]
-    ddt.main(["--out", str(tmp_path), *DDT, "--fresh", "--vae", str(sd1)])
-    same(weights(tmp_path / "vae"), load_file(sd1 / "diffusion_pytorch_model.safetensors"))
-    assert row("VAE") != before[1]
+        return results(tmp_path)[name]["uniform"]["iid"]
+    stage(tmp_path, sd3)
+    assert "step 4: quantization starts, but" in capsys.readouterr().out    # it has learnt nothing
+    assert not (tmp_path / "vae" / "log.jsonl").exists()    # not trained
+    same(weights(tmp_path / "vae"), load_file(sd3 / file))
+    before, of_sd3 = weights(tmp_path / "ddt"), row("VAE")
+    assert before["decoder.latent_out.weight"].shape[0] == 16 * 2 * 2
+
+    nowhere = tmp_path / "nowhere"
+    for out, source, more, culprit in (
+            (tmp_path, sd1, (), "holds another VAE"),
+            (tmp_path, sd1, ("--fresh",), "holds another VAE"),
+            (tmp_path, nowhere, ("--fresh",), "nowhere"),
+            (tmp_path / "new", nowhere, (), "nowhere")):
+        with pytest.raises(UserError, match=culprit):
+            stage(out, source, *more)
+    same(weights(tmp_path / "vae"), load_file(sd3 / file))
+    same(weights(tmp_path / "ddt"), before)
+
+    stage(tmp_path, tmp_path / "vae", "--fresh")            # the run folder's own
+    same(weights(tmp_path / "vae"), load_file(sd3 / file))
+    same(weights(tmp_path / "ddt"), before)
+    assert row("VAE") == of_sd3
+
+    shutil.rmtree(tmp_path / "vae")
+    with pytest.raises(UserError, match="was trained from another vae"):
+        stage(tmp_path, sd1)
+    stage(tmp_path, sd1, "--fresh")
+    same(weights(tmp_path / "vae"), load_file(sd1 / file))
+    assert row("VAE") != of_sd3
 
 
-def test_a_vae_of_other_flags(finished, tmp_path):
-    """A VAE that is there already must be the one that is asked for, or be named."""
-    shutil.copytree(finished / "vae", tmp_path / "vae")
-    for flags, culprit in ((["--vae_steps", "5"], "vae_steps was 4, is 5"), (["--seed", "3"], "seed was 0, is 3"),
+def test_a_vae_of_other_flags(finished, tmp_path, one_split):
+    """vae.py refuses other flags. Later stages take the VAE that is there, if it fits."""
+    copy(finished, tmp_path, "vae")
+    for flags, culprit in ((["--steps", "5"], "steps was 4, is 5"),
+                           (["--seed", "3"], "seed was 0, is 3"),
                            (["--scenario", "collision"], "scenario was uniform, is collision")):
-        with pytest.raises(Problem, match=culprit):
-            ddt.main(["--out", str(tmp_path), *DDT, *flags])
-    ddt.main(["--out", str(tmp_path), *DDT, "--seed", "3", "--vae", str(tmp_path / "vae")])
+        with pytest.raises(UserError, match=culprit):
+            run("vae", tmp_path, *flags)
+    for flags, culprit in ((["--scenario", "collision"], "asks for collision, 32 pixels"),
+                           (["--size", "16"], "asks for uniform, 16 pixels")):
+        with pytest.raises(UserError, match=culprit):
+            run("ddt", tmp_path, *flags)
+    run("ddt", tmp_path, "--seed", "3")
     same(weights(tmp_path / "vae"), weights(finished / "vae"))
 
 
-def test_another_tokenizer(tmp_path, monkeypatch):
-    """The stages run on VQGAN's tokens as on DDT's, and its file is what they are made of."""
-    vqgan = ["vqgan", "--steps", "4", "--batch", "8", "--clips", "16", "--save_every", "2", "--eval_clips", "2"]
-    monkeypatch.setattr(sim, "SHOWN", ("iid",))                                   # one split to evaluate, for time
-    baselines.main([*vqgan, "--out", str(tmp_path)])
-    for stage, args in ((sft, SFT), (grpo, GRPO)):
-        stage.main([*args, "--out", str(tmp_path), "--tokenizer", "vqgan"])
-    assert json.loads((tmp_path / "sft" / "made_of.json").read_text()).keys() == {"vqgan"}
-    assert json.loads((tmp_path / "grpo" / "made_of.json").read_text()).keys() == {"vqgan", "sft"}
-    assert np.load(tmp_path / "sft" / "tokens" / "uniform-00000.npy").shape == (16, 32, 16)
+def test_later_stages_refuse_what_was_trained_again(finished, tmp_path, one_split):
+    """--fresh deletes one stage's model. Those after it name the command that mends them."""
+    copy(finished, tmp_path, "vae", "ddt", "sft", "grpo")
+    run("ddt", tmp_path, "--fresh", "--seed", "1")
+    same(weights(tmp_path / "vae"), weights(finished / "vae"))
+    for stage, broken in (("sft", "sft"), ("grpo", "sft")):
+        with pytest.raises(UserError, match="was trained from another ddt") as error:
+            run(stage, tmp_path)
+        assert f"python {broken}.py --fresh --out {tmp_path}" in str(error.value)
+    run("sft", tmp_path, "--fresh")
+    with pytest.raises(UserError, match="grpo was trained from another (ddt|sft)"):
+        run("grpo", tmp_path)
+
+
+def test_another_tokenizer(tmp_path, one_split):
+    """The stages run on VQGAN's tokens as on DDT's, and note its file as what they started from."""
+    run("vqgan", tmp_path)
+    for stage in ("sft", "grpo"):
+        run(stage, tmp_path, "--tokenizer", "vqgan")
+    for stage, sources in (("sft", {"vqgan"}), ("grpo", {"vqgan", "sft"})):
+        note = json.loads((tmp_path / stage / "provenance.json").read_text())
+        assert note.keys() == sources
+    assert np.load(tmp_path / "sft" / "codes.npy").shape == (16, 32, 9)
     assert not (tmp_path / "ddt").exists()
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert rows.keys() == {"VQGAN", "SFT", "SFT + RL"}
-    with pytest.raises(Problem, match="choose ddt or vqgan"):
-        sft.main([*SFT, "--out", str(tmp_path), "--tokenizer", "words"])
+    assert results(tmp_path).keys() == {"VQGAN", "SFT", "SFT + RL"}
+    with pytest.raises(UserError, match="choose ddt or vqgan"):
+        run("sft", tmp_path, "--tokenizer", "words")
+
+
+# ------------------------------------------------------------------ signals and ranks
 
 
 def test_ctrl_c_is_one_line(finished, tmp_path):
-    for name in ("vae", "ddt"):
-        shutil.copytree(finished / name, tmp_path / name)
-    process = subprocess.Popen([sys.executable, ROOT / "sft.py", "--out", tmp_path, *SFT, "--steps", "1000"], env=ENV,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not train.checkpoints(tmp_path / "sft") and process.poll() is None:
+    copy(finished, tmp_path, "vae", "ddt")
+    command = [sys.executable, ROOT / "sft.py", *argv("sft", tmp_path, "--steps=1000")]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)
+    while not checkpoints(tmp_path / "sft") and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in error and "goes on from the last checkpoint" in error
+    assert process.returncode == 130 and "Traceback" not in error
+    assert "goes on from the last checkpoint" in error
 
 
 def test_torchrun_on_two_ranks(finished, tmp_path):
-    """3 prompts on 2 ranks: the weights of one rank. (How ranks share a batch, for every stage: test_scale.py.)"""
-    for name in ("vae", "ddt", "sft"):
-        shutil.copytree(finished / name, tmp_path / name)
-    result = run("grpo.py", "--out", tmp_path, *GRPO, ranks=2)
+    """
+    3 prompts on 2 ranks: the weights of one rank. (How ranks share a batch, for every stage:
+    test_scale.py.)
+    """
+    copy(finished, tmp_path, "vae", "ddt", "sft")
+    shutil.copy(finished / "results.json", tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, ROOT / "grpo.py", *argv("grpo", tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=240)
     assert result.returncode == 0, result.stderr
-    assert steps(tmp_path / "grpo" / "log.jsonl") == [0, 1]
+    assert [line["step"] for line in log_of(tmp_path / "grpo")] == [0, 1]
     same(weights(tmp_path / "grpo"), weights(finished / "grpo"), 1e-6)
 
 
+# ------------------------------------------------------------------ bad input
+
+
 @pytest.mark.parametrize("script, args, culprit", [
+    (vae, ["--size", "30"], "--size 30"),
     (ddt, ["--preset", "huge"], "huge"),
     (ddt, ["--batchsize", "4"], "--batch"),
     (sft, ["--lr", "fast"], "--lr"),
@@ -238,10 +374,13 @@ def test_torchrun_on_two_ranks(finished, tmp_path):
     (grpo, ["--group", "1"], "--group"),
     (grpo, ["--scenario", "pendulum"], "pendulum"),
     (ddt, ["--scenario", "pendulum"], "pendulum"),
-    (ddt, ["--shift", "0"], "--shift 0"), (ddt, ["--width", "36", "--heads", "6"], "--query_width 128"),
+    (ddt, ["--shift", "0"], "--shift 0"),
+    (ddt, ["--width", "36", "--heads", "6"], "--query_width 128"),
     (ddt, ["--width", "36", "--query_width", "36", "--heads", "6"], "4 times --heads 6"),
     (ddt, ["--size", "30"], "--size"),
     (ddt, ["--prefix", "some"], "--prefix"),
+    (ddt, ["--vae_steps", "4"], "--vae_steps"),
+    (grpo, ["--preset", "paper"], "--vae DIR"),
     (sim, ["--split", "nope"], "nope"),
     (reward, ["--n", "0"], "n = 0"),
 ], ids=lambda x: getattr(x, "__name__", None))
@@ -251,21 +390,19 @@ def test_bad_flags_get_one_line(tmp_path, capsys, script, args, culprit):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_bad_folders_get_one_line(finished, tmp_path, capsys):
+def test_bad_folders_get_one_line(finished, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    cases = {"unwritable": (["--out", tmp_path / "file" / "run"], "cannot write")}
-    for stage in ("vae", "ddt"):
-        shutil.copytree(finished / stage, tmp_path / "changed" / stage)
-    process = subprocess.Popen([sys.executable, ROOT / "sft.py", "--out", tmp_path / "changed", *SFT], env=ENV,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not train.checkpoints(tmp_path / "changed" / "sft"):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    shutil.copytree(tmp_path / "changed", tmp_path / "truncated")
-    for checkpoint in train.checkpoints(tmp_path / "truncated" / "sft"):
-        os.truncate(checkpoint / "model.safetensors", 1000)
-    cases["truncated"] = (["--out", tmp_path / "truncated"], "model.safetensors is not what was written")
-    cases["changed"] = (["--out", tmp_path / "changed", "--lr", "0.5"], "lr was")
-    for name, (args, culprit) in cases.items():
-        assert culprit in complaint(capsys, sft.main, *SFT, *args), name
+    killed = copy(finished, tmp_path / "killed", "vae", "ddt")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoint, "finish", lambda *_: sys.exit(1))
+        run("sft", killed)
+    truncated = shutil.copytree(killed, tmp_path / "truncated")
+    assert len(checkpoints(truncated / "sft")) == 2
+    for path in checkpoints(truncated / "sft"):
+        os.truncate(path / "model.safetensors", 1000)
+    cases = (
+        (tmp_path / "file" / "run", [], "cannot write"),
+        (truncated, [], "model.safetensors is not what was written"),
+        (killed, ["--lr", "0.5"], "lr was"))
+    for out, flags, culprit in cases:
+        assert culprit in complaint(capsys, sft.main, *argv("sft", out, *flags))

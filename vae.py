@@ -1,0 +1,551 @@
+"""
+Stage 1, VAE: a convolutional autoencoder that shrinks a frame to a small latent.
+
+    frame (3, H, W) -> encoder -> mean, log variance (C, h, w) -> latent -> decoder -> frame
+
+The architecture is diffusers' AutoencoderKL, parameter names and config.json included: the VAE
+folders of Stable Diffusion 1 and 3 load as they are. Source of the method: Rombach et al. 2022,
+https://arxiv.org/abs/2112.10752. Phys-AR uses a frozen pre-trained VAE (section 3.2, appendix A.1).
+
+Differences from the paper
+1. `tiny` and `small` train their own small VAE. A trained one is taken with `ddt.py --vae DIR`.
+2. The loss is squared error + KL: a disc on white needs no perceptual or adversarial loss.
+3. The small VAE also sees the sizes and speeds of the `ood` splits (other clips than are
+   evaluated), as a VAE that was pre-trained on all kinds of pictures has: docs/RESULTS.md.
+
+    python vae.py                       # trains <out>/vae; any field of Config is a flag
+    python vae.py --preset small --help
+
+Expected at `tiny` on 2 CPU cores: 1 to 3 minutes; squared error 0.001.
+
+Axes: B batch, C channels, H W pixels, h w cells of the latent.
+"""
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as nnf
+from einops import rearrange
+from torch import Tensor, nn
+
+import checkpoint
+import evaluate
+import sim
+import train
+from checkpoint import UserError, check
+
+# ------------------------------------------------------------------ config
+
+
+@dataclass
+class Config:
+    # run
+    preset: str = "tiny"        # named set of defaults: tiny or small
+    out: str = ""               # run folder (empty: runs/<preset>)
+    seed: int = 0               # seed of weights, data order and noise
+    fresh: bool = False         # delete this stage's model and train it again
+    save_every: int = 200       # steps between two checkpoints
+    # data
+    scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
+    clips: int = 6000           # training clips (of 32 frames) per motion and split
+    size: int = 32              # pixels per side of a frame
+    # model
+    width: int = 16             # channels of the first level; the others have twice as many
+    levels: int = 3             # resolutions: 3 shrink a frame 4 times, 4 shrink it 8 times
+    latent: int = 4             # channels of the latent
+    # optimization
+    steps: int = 400            # optimizer steps
+    batch: int = 64             # frames per step, over all ranks
+    micro_batch: int = 0        # frames per backward pass and rank; 0: the whole shard at once
+    lr: float = 2e-3            # peak learning rate
+    warmup: int = 66            # steps of linear warm-up, before a cosine to zero
+    beta1: float = 0.9          # AdamW: decay of the mean of gradients
+    beta2: float = 0.99         # AdamW: decay of the mean of their squares
+    eps: float = 1e-8           # AdamW: added to the root of the mean square
+    weight_decay: float = 0.0   # AdamW: on matrices only
+    max_grad_norm: float = 1.0  # gradient clipping; 0: none
+    # evaluation
+    eval_clips: int = 32        # clips per split of the reconstruction table
+
+
+PRESETS = {
+    "tiny": {},
+    "small": dict(scenario="all", clips=20000, size=128, width=32, levels=4, latent=8, steps=2000,
+                  batch=128, lr=1e-3, warmup=333, eval_clips=64),
+}
+EXPECTED = {"tiny": "1 to 3 minutes on 2 CPU cores.", "small": "Not run to its end yet."}
+KL_WEIGHT = 1e-6               # of the KL divergence beside the squared error per channel and pixel
+
+# ------------------------------------------------------------------ model
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:                 # (B, c_in, H, W)
+        h = self.conv1(nnf.silu(self.norm1(x)))
+        h = self.conv2(nnf.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h                    # (B, c_out, H, W)
+
+
+class AttentionBlock(nn.Module):
+    """One head over all cells of the smallest resolution."""
+
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x: Tensor) -> Tensor:                 # (B, C, H, W)
+        h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        h = nnf.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = self.to_out[0](h)
+        return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(nnf.pad(x, (0, 1, 0, 1)))          # pads right and bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(nnf.interpolate(x, scale_factor=2.0))      # nearest neighbour
+
+
+class DownBlock(nn.Module):
+    """Residual blocks at one resolution, then half of it (but at the last level)."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.resnets, *self.downsamplers]:
+            x = block(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Residual blocks at one resolution, then twice of it (but at the last level)."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.resnets, *self.upsamplers]:
+            x = block(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)])
+        self.attentions = nn.ModuleList([AttentionBlock(c, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> (B, out, h, w). channels: of each level, the largest image first."""
+
+    def __init__(self, channels: list[int], blocks: int, out: int, groups: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([channels[0], *channels], channels)):
+            last = i == len(channels) - 1
+            self.down_blocks.append(DownBlock(c_in, c_out, blocks, groups, last))
+        self.mid_block = MidBlock(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:                 # (B, 3, H, W)
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(nnf.silu(self.conv_norm_out(x)))       # (B, out, h, w)
+
+
+class Decoder(nn.Module):
+    """Latents (B, C, h, w) -> images (B, 3, H, W). channels: as the encoder's."""
+
+    def __init__(self, channels: list[int], blocks: int, latent: int, groups: int):
+        super().__init__()
+        channels = channels[::-1]
+        self.conv_in = nn.Conv2d(latent, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], groups)
+        self.up_blocks = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([channels[0], *channels], channels)):
+            last = i == len(channels) - 1
+            self.up_blocks.append(UpBlock(c_in, c_out, blocks + 1, groups, last))
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:                 # (B, C, h, w)
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nnf.silu(self.conv_norm_out(x)))       # (B, 3, H, W)
+
+
+class VAE(nn.Module):
+    """
+    AutoencoderKL. `encode` gives the posterior's mean as a latent of about zero mean and unit
+    variance, (z - shift) * scale; `decode` is its inverse; `forward` is the pass of training.
+    """
+
+    def __init__(self, block_out_channels: list[int], latent_channels: int,
+                 layers_per_block: int = 1, norm_num_groups: int = 32, use_quant_conv: bool = True,
+                 use_post_quant_conv: bool = True, scaling_factor: float = 1.0,
+                 shift_factor: float | None = 0.0, **others):
+        """Named as in diffusers' config.json; `others`, its further fields, are kept for `save`."""
+        super().__init__()
+        self.config = {
+            "block_out_channels": block_out_channels, "latent_channels": latent_channels,
+            "layers_per_block": layers_per_block, "norm_num_groups": norm_num_groups,
+            "use_quant_conv": use_quant_conv, "use_post_quant_conv": use_post_quant_conv,
+            "scaling_factor": scaling_factor, "shift_factor": shift_factor} | others
+        channels, C, groups = list(block_out_channels), latent_channels, norm_num_groups
+        self.encoder = Encoder(channels, layers_per_block, 2 * C, groups)
+        self.decoder = Decoder(channels, layers_per_block, C, groups)
+        if use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1)
+        if use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(C, C, 1)
+        self.to(memory_format=torch.channels_last)          # 1.6 times faster on the CPU
+
+    @property
+    def shrink(self) -> int:
+        """Pixels per side of a latent cell."""
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) in [-1, 1] -> mean and log variance (B, C, h, w) each, unscaled."""
+        h = self.encoder(images)
+        if self.config["use_quant_conv"]:
+            h = self.quant_conv(h)
+        mean, logvar = h.chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) in about [-1, 1]."""
+        if self.config["use_post_quant_conv"]:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (B, 3, H, W), noise (B, C, h, w) -> reconstruction; mean and log variance."""
+        mean, logvar = self.moments(images)
+        z = mean + (logvar / 2).exp() * noise
+        return self.reconstruct(z), mean, logvar
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), shifted and scaled."""
+        shift, scale = self.config["shift_factor"] or 0, self.config["scaling_factor"]
+        return (self.moments(images)[0] - shift) * scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse: latents (B, C, h, w) -> images (B, 3, H, W) in about [-1, 1]."""
+        shift, scale = self.config["shift_factor"] or 0, self.config["scaling_factor"]
+        return self.reconstruct(latents / scale + shift)
+
+    def save(self, folder) -> None:
+        save_folder(folder, self.config, self, WEIGHTS)
+
+    @classmethod
+    def load(cls, folder) -> "VAE":
+        """
+        A folder in diffusers' layout, in fp32 whatever its files hold. Raises UserError for what is
+        missing, damaged, not finite or does not fit.
+        """
+        return load_vae(folder)
+
+
+# ------------------------------------------------------------------ folders
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# in files of before 2023
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+SUPPORTED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+             "down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D",
+             "mid_block_add_attention": True}
+
+
+def load_vae(folder) -> VAE:
+    config, tensors = load_folder(folder, WEIGHTS)
+    path = f"{folder}/config.json"
+    config.setdefault("scaling_factor", 0.18215)            # SD1's: its first files do not name it
+    for key, ours in SUPPORTED.items():
+        value = config.get(key, ours)
+        values = value if isinstance(value, list) and value else [value]
+        check(all(v == ours for v in values), f"{path}: {key} is {value}; only an AutoencoderKL "
+              f"with {ours} can be read")
+    scale, shift = config["scaling_factor"], config.get("shift_factor") or 0
+    numbers = isinstance(scale, (int, float)) and isinstance(shift, (int, float))
+    check(numbers and 0 < scale < math.inf and math.isfinite(shift), f"{path}: scaling_factor "
+          f"{scale!r} and shift_factor {shift!r} must be numbers, the first of them above 0")
+
+    def renamed(name: str) -> str:
+        old = r"(attentions\.0\.)(query|key|value|proj_attn)\b"
+        return re.sub(old, lambda m: m[1] + OLD_NAMES[m[2]], name)
+    tensors = {renamed(name): x for name, x in tensors.items()}
+    try:
+        vae = VAE(**config)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path} is not that of an AutoencoderKL ({error})") from None
+    checkpoint.load_state(vae, tensors, Path(folder))
+    return vae.eval().requires_grad_(False)
+
+
+def save_folder(folder, config: dict, model: nn.Module, weights: str) -> None:
+    """config.json, then the weights, which hold it too: a folder with weights is whole."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2) + "\n"
+    with checkpoint.replacing(Path(folder, "config.json")) as part:
+        part.write_text(text)
+    metadata = {"format": "pt", "config": json.dumps(config)}
+    checkpoint.write_safetensors(Path(folder, weights), model.state_dict(), metadata)
+
+
+def load_folder(folder, weights: str) -> tuple[dict, dict[str, Tensor]]:
+    """-> config, tensors. Raises UserError for what is missing or damaged."""
+    path = Path(folder, "config.json")
+    check(path.exists(), f"cannot read {path} (no such file): is {folder} the right folder?")
+    config = checkpoint.read_json(path, f"is {folder} the right folder?")
+    return config, checkpoint.read_safetensors(Path(folder, weights))
+
+
+# ------------------------------------------------------------------ frames
+
+
+class Frames:
+    """
+    Single frames of clips, rendered when asked for, from the closed form (at most 0.006 off the
+    simulation). Index i is frame i % 32 of clip i // 32; config.clips per motion and split.
+    """
+
+    def __init__(self, config, device, splits: tuple[str, ...] = ("pretrain",)):
+        self.size, self.device = config.size, device
+        self.clips = [sim.first_frames(scenario, split, config.clips, config.seed)
+                      for scenario in train.scenarios(config.scenario) for split in splits]
+
+    def __len__(self) -> int:
+        return sim.FRAMES * sum(len(clips) for clips in self.clips)
+
+    def __getitem__(self, index: Tensor) -> Tensor:         # (B,) -> (B, 3, H, W) in [0, 1]
+        frames = torch.empty(len(index), 3, self.size, self.size, device=self.device)
+        first = 0
+        for clips in self.clips:
+            n = len(clips) * sim.FRAMES
+            rows = ((index >= first) & (index < first + n)).nonzero()[:, 0]
+            clip, frame = (index[rows] - first) // sim.FRAMES, (index[rows] - first) % sim.FRAMES
+            first += n
+            if len(rows):
+                drawn = clips[clip].to(self.device)
+                position = sim.closed_form(drawn)           # (b, 32, N, 2)
+                position = position[torch.arange(len(rows)), frame, None]       # (b, 1, N, 2)
+                frames[rows] = sim.render(position, drawn.radius, self.size)[:, 0]
+        return frames
+
+
+def frames_per_call(device) -> int:
+    """
+    Frames to encode or decode in one call when there are thousands. On the CPU as many as its cache
+    holds (2.7 times faster than 512); on a GPU as many as SD3's VAE has room for in 6 GiB.
+    """
+    return 64 if torch.device(device).type == "cpu" else 128
+
+
+# ------------------------------------------------------------------ training
+
+
+def small_vae(config: Config) -> VAE:
+    """The untrained AutoencoderKL that a config describes."""
+    return VAE([config.width] + [2 * config.width] * (config.levels - 1), config.latent,
+               layers_per_block=1, norm_num_groups=8, use_quant_conv=False,
+               use_post_quant_conv=False, _class_name="AutoencoderKL", in_channels=3,
+               out_channels=3, act_fn="silu", sample_size=config.size,
+               down_block_types=["DownEncoderBlock2D"] * config.levels,
+               up_block_types=["UpDecoderBlock2D"] * config.levels)
+
+
+def train_vae(config: Config, world: train.World) -> VAE:
+    """Trains a small AutoencoderKL on single frames and saves it in <out>/vae."""
+    folder = checkpoint.start_stage(Path(config.out, "vae"), config, world)
+    torch.manual_seed(config.seed)
+    vae = small_vae(config).to(world.device)
+    B, data = config.batch, Frames(config, world.device, ("pretrain", "ood"))
+    world.print0(f"VAE: {millions(vae)} parameters, {config.steps} steps of {B} frames")
+    world.compile(vae.encoder, vae.decoder)
+    model = train.distribute(vae, world)
+    side = config.size // vae.shrink
+    n = world.accumulation_steps(B, config.micro_batch)
+
+    with train.Run(folder, vae, config, world, show=("mse",)) as run:
+        for step in run:
+            batch = world.shard(train.batch_indices(config.seed, step, B, len(data)))
+            images = 2 * data[batch] - 1                    # (b, 3, H, W) in [-1, 1]
+            noise = torch.randn(B, config.latent, side, side,
+                                generator=train.generator(config.seed, step))
+            noise = world.shard(noise).to(world.device)     # (b, C, h, w)
+
+            total, total_mse, total_kl = 0.0, 0.0, 0.0
+            micro_batches = zip(images.tensor_split(n), noise.tensor_split(n))
+            for x, eps in run.accumulate(micro_batches, model):
+                with world.autocast():
+                    reconstruction, mean, logvar = model(x, eps)
+                    mse = (reconstruction - x).square().mean((1, 2, 3))                       # (b,)
+                    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3))     # (b,)
+                loss = (mse + KL_WEIGHT * kl).sum() / B
+                (loss * world.size).backward()              # DDP averages over ranks; this: the sum
+                total += loss.detach()
+                total_mse += mse.detach().sum()
+                total_kl += kl.detach().sum()
+            run.step(total, mse=world.all_reduce(total_mse) / B, kl=world.all_reduce(total_kl) / B)
+
+    # latents of zero mean and unit variance: the flow of ddt.py mixes them with unit noise
+    with torch.no_grad():
+        sample = data[train.batch_indices(config.seed, 0, 512, len(data))]
+        mean = vae.moments(2 * sample - 1)[0]
+    vae.config |= {"shift_factor": mean.mean().item(), "scaling_factor": 1 / mean.std().item()}
+    if world.is_main:
+        evaluate.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
+    checkpoint.finish(folder, vae.save, config, vae, world)
+    return vae.eval().requires_grad_(False)
+
+
+def millions(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M"
+
+
+# ------------------------------------------------------------------ the stage
+
+
+def reconstruction(vae: VAE) -> Callable[[Tensor], Tensor]:
+    """For evaluate.evaluate with shown = 32: frames (B, F, 3, H, W) in [0, 1] -> the same."""
+    @torch.no_grad()
+    def predict(frames: Tensor) -> Tensor:
+        parts = []
+        for x in frames.flatten(0, 1).split(frames_per_call(frames.device)):
+            images = vae.decode(vae.encode(2 * x - 1))
+            parts.append((images / 2 + 0.5).clamp(0, 1))
+        return torch.cat(parts).view_as(frames)
+    return predict
+
+
+def report(config, vae: VAE, world: train.World) -> Path:
+    """Rows of the result table: the measurement's own floor, and what the VAE adds. Done once."""
+    predictors = {"ground truth": lambda frames: frames, "VAE": reconstruction(vae)}
+    return evaluate.add_rows(config, predictors, config.size, world, shown=sim.FRAMES)
+
+
+def ensure(config, world: train.World) -> VAE:
+    """
+    The VAE of <out>, trained first if it is missing; one that another folder holds (config.vae) is
+    copied there. config: a later stage's. Raises UserError for one of other frames.
+    """
+    folder = Path(config.out, "vae")
+    if getattr(config, "vae", ""):
+        return adopt(folder, config.vae, world)
+    if not (folder / WEIGHTS).exists():
+        check(config.preset in PRESETS, f"{folder} is missing, and --preset {config.preset} needs "
+              "a pre-trained VAE: name the folder of one, such as `vae` of stable-diffusion-3-"
+              f"medium-diffusers (python ddt.py --preset paper --out {config.out} --vae DIR)")
+        own = train.stage_config("vae", Config, PRESETS, config, size=config.size,
+                                 clips=config.clips)
+        multiple = shrink_of(own) * config.patch
+        check(config.size % multiple == 0, f"--size {config.size}: must be a multiple of "
+              f"{multiple}, by which the VAE and patches of {config.patch} divide it")
+        world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
+        return run_stage(own, world)
+    if then := checkpoint.read_json(folder / "trained.json", "train it again with vae.py --fresh"):
+        names, known = (train.scenarios(x) for x in (config.scenario, then["scenario"]))
+        check(then["size"] == config.size and set(names) <= set(known), f"{folder} was trained on "
+              f"{then['scenario']}, {then['size']} pixels; this asks for {config.scenario}, "
+              f"{config.size} pixels: choose another --out, or train it again with `python vae.py "
+              f"--fresh`")
+    return VAE.load(folder).to(world.device)
+
+
+def adopt(folder: Path, source: str, world: train.World) -> VAE:
+    """The VAE of the folder `source`, copied to `folder` too: a run folder is whole."""
+    vae = VAE.load(source)
+    there = (folder / WEIGHTS).exists()
+    if there:
+        ours, theirs = VAE.load(folder).state_dict(), vae.state_dict()
+        same = [*ours] == [*theirs] and all(torch.equal(ours[k], x) for k, x in theirs.items())
+        check(same, f"{folder} holds another VAE than --vae {source}: choose another --out, or "
+              "delete that folder")
+    world.barrier()                     # every rank has looked before one writes
+    if world.is_main and not there:
+        vae.save(folder)
+        evaluate.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
+    world.barrier()
+    return vae.to(world.device)
+
+
+def run_stage(config: Config, world: train.World) -> VAE:
+    """Loads the VAE that `config` describes, or trains it."""
+    check_config(config)
+    folder = Path(config.out, "vae")
+    if checkpoint.is_trained(folder, WEIGHTS, config, world):
+        return VAE.load(folder).to(world.device)
+    return train_vae(config, world)
+
+
+def shrink_of(config: Config) -> int:
+    """Pixels per side of a latent cell."""
+    return 2 ** (config.levels - 1)
+
+
+def check_config(config: Config) -> None:
+    """UserError for flags that cannot work."""
+    train.scenarios(config.scenario)
+    shrink = shrink_of(config)
+    check(config.size % shrink == 0, f"--size {config.size}: must be a multiple of {shrink}, by "
+          f"which --levels {config.levels} shrink it")
+    check(config.width % 8 == 0, f"--width {config.width}: must be a multiple of 8 (its norms have "
+          "8 groups)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = train.parse(Config, PRESETS, argv)
+    check_config(config)
+    world = train.start(config.seed, config.out)
+    world.print0(evaluate.table(report(config, run_stage(config, world), world)))
+
+
+if __name__ == "__main__":
+    train.cli(main)
