@@ -2,25 +2,28 @@
 The language model: a Llama (or Qwen2) with a key-value cache, and the policy that samples visual
 codes from it.
 
-Source: Phys-AR, sections 3.3 and 4.1. The vocabulary of a Llama is extended by 256 visual codes,
-and the model predicts the codes of the next frames. The logits of all text words are masked before
-sampling, which uses top-k 50 and top-p 0.95. weights.py reads and writes folders of weights.
+ddt.py turns a frame into K codes, numbers below 256. The vocabulary of the Llama is extended by
+these 256 visual codes: code c has the id first_code + c. A prompt is BOS and the codes of the first
+frames; the model generates the codes of the others. All sequences of a batch have one length.
+
+Source: Phys-AR (Lin et al. 2025, https://arxiv.org/abs/2504.15932), sections 3.3 and 4.1. Sampling:
+the logits of text words are masked, then top-k 50 and top-p 0.95.
 
 Choices where the paper is silent
-1. As in transformers, channel i is rotated together with channel i + head_dim / 2 (rotary halves).
+1. Parameters are named and laid out as in Hugging Face's folders: weights.py.
 2. The codes are the last `n_visual` ids. Computing only their logits masks all text words.
-3. Sampler and trainer share `truncate` and `logprobs`: before an update their ratio is exactly 1.
+3. `truncate` defines the policy's support, `logprobs` its log-probabilities: all of sampling and
+   training use these two, and the ratio of new to old policy is 1 before the first update.
 4. New rows are drawn from a normal with the old rows' mean and deviation, column by column.
 
     from lm import Llama, generate
     model = Llama.load("path/to/Llama-3.1-8B", n_visual=256)  # Llama 2, 3, 3.1; Qwen2, Qwen2.5
-    codes, support = generate(model, prompt, max_new_tokens=464, group=8)
+    codes, support = generate(model, prompt, max_new_tokens=464, group=8)   # 464: 29 frames x 16
 
-`support` is a mask of the codes that could be drawn. `python text.py --llm DIR` shows whether
-weights are loaded correctly: it continues a text.
+`python text.py --llm DIR` shows whether weights are loaded correctly: it continues a text.
 
 Axes: B batch (B G inside the model during sampling), G group (samples per prompt), S sequence,
-T sampled tokens, D width, d = head_dim, V visual codes or vocabulary.
+T sampled tokens, D width, d = head_dim, V visual codes (or the vocabulary, where said).
 """
 import dataclasses
 import math
@@ -46,7 +49,7 @@ LLAMA31_ROPE = {                            # how Llama 3.1 stretches its rotary
 
 
 def is_positive(value) -> bool:
-    """A finite number above 0. (True is none.)"""
+    """A finite number above 0; a bool does not count."""
     return type(value) in (int, float) and 0 < value < math.inf
 
 
@@ -161,11 +164,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Cache:
     """
-    Keys and values of every layer, allocated once; the first `length` positions are in use. For
-    inference only: it is overwritten in place and carries no gradients.
+    Keys and values of every layer; the first `length` positions are in use. For inference only: it
+    is overwritten in place and carries no gradients.
 
-    A CUDA graph needs fixed addresses and shapes. In a graph, `position` (1,), a tensor on the
-    device, is where the one new token is written, while `length` still counts on the CPU.
+    A CUDA graph (decode_step) needs fixed addresses and shapes: there the position to write to is
+    read from `position` (1,), a tensor on the device, which the model's forward advances; `length`
+    is advanced by the function that replays the graph.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, device=None, dtype=None):
@@ -204,7 +208,7 @@ class Cache:
         return keys[:, :, :end], values[:, :, :end]
 
     def expand(self, group: int) -> None:
-        """Repeats every sequence `group` times: one prefill serves all samples of a prompt."""
+        """Repeats every sequence `group` times, in a new tensor: one prefill for a whole group."""
         self.kv = self.kv.repeat_interleave(group, 2)
 
 
@@ -250,7 +254,7 @@ class Attention(nn.Module):
         heads, kv_heads = q.shape[1], k.shape[1]
         if S == 1:
             # one new token: the query heads that share a key head become rows of one query matrix,
-            # and keys need not be repeated
+            # and keys need not be repeated; (B, heads, 1, d) -> (B, kv_heads, heads / kv_heads, d)
             q = q.view(B, kv_heads, -1, self.head_dim)
             out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             return self.o_proj(out.reshape(B, 1, -1))
@@ -289,23 +293,24 @@ class Block(nn.Module):
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """
-    hidden (..., D), weight (V, D) -> logits (..., V). In fp32, because bf16 often rounds the
-    best two logits to the same number.
+    hidden (..., D), weight (rows, D) -> logits (..., rows). In fp32, because bf16 often rounds the
+    best two logits to the same number. In chunks, because an fp32 copy of the whole matrix would
+    be large (with gradients, autograd keeps all of them).
     """
     if weight.dtype == torch.float32:
         return nnf.linear(hidden, weight)
     hidden = hidden.float()
-    chunks = weight.split(16384)            # no fp32 copy of the whole matrix (without gradients)
+    chunks = weight.split(16384)
     return torch.cat([nnf.linear(hidden, chunk.float()) for chunk in chunks], -1)
 
 
 def more_rows(weight: Tensor, n: int, generator: torch.Generator) -> nn.Parameter:
-    """weight (V, D) -> (V + n, D): new rows with the old mean and deviation, column by column."""
-    V, D = weight.shape
+    """weight (rows, D) -> (rows + n, D), drawn at the old mean and deviation of each column."""
+    rows, D = weight.shape
     mean = weight.mean(0, dtype=torch.float32)                  # (D,)
-    # not var, which has no dtype: it would need an fp32 copy of the matrix
+    # var = E[x^2] - E[x]^2, because torch.var takes no dtype: it would need an fp32 copy
     norm = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
-    variance = norm.square() / V - mean.square()
+    variance = norm.square() / rows - mean.square()
     noise = torch.randn(n, D, generator=generator).to(weight.device)
     new = mean + variance.clamp(min=0).sqrt() * noise           # (n, D)
     both = torch.cat([weight, new.to(weight.dtype)])
@@ -328,7 +333,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():                 # GPT-2's initialization
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                # two per layer join the residual stream: their sum does not grow with the depth
+                # two per layer are added to the residual stream: keeps its variance
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -363,9 +368,11 @@ class Llama(nn.Module):
         angle = angle.repeat(1, 2)                              # (S, d): pairs (i, i + d / 2)
         cos, sin = angle.cos(), angle.sin()
 
-        # no mask: plain causal attention, or one query that may attend to all keys there are
+        # no cache, or an empty one: plain causal attention (mask None; see Attention)
+        # one new token: attends to all keys there are (None)
+        # several tokens behind others: masked; in a graph: the capacity's unused part is masked
         mask = None
-        if in_graph or start > 0 and S > 1:
+        if in_graph or (start > 0 and S > 1):
             keys = cache.capacity if in_graph else start + S
             mask = torch.arange(keys, device=device) <= position[:, None]   # (S, keys)
 
@@ -414,12 +421,11 @@ class Llama(nn.Module):
         an index) or Meta's (params.json, consolidated.00.pth). At its peak the device holds the
         model and one tensor more.
 
-        dtype: of all parameters. None takes that of the first tensor: the first by name in the
-        first file (Hugging Face), the first in the file (Meta). n_visual > 0 extends the vocabulary
-        by that many visual codes, unless the folder has them already.
+        dtype: of all parameters; None: that of the first tensor stored. n_visual > 0 extends the
+        vocabulary by that many visual codes, unless the folder has them already.
 
-        Raises ValueError for other visual codes than asked for, for a file (named) that is missing,
-        damaged or not supported, and for a tensor (named) that is missing, unknown, listed twice,
+        Raises ValueError if the folder has another number of visual codes, for a file (named) that
+        is missing, damaged or not supported, and for a tensor (named) that is missing, unknown, listed twice,
         of another shape, neither fp32, bf16 nor fp16, or not finite.
         """
         import weights                      # here, because weights.py imports this file
@@ -431,8 +437,8 @@ class Llama(nn.Module):
         model.safetensors, and copies of the tokenizer's files if the folder that the model was
         loaded from has any. Shards of an earlier model are removed.
 
-        An interrupted save leaves all old tensors or all new ones, never a mixture; the small files
-        beside them may be the other model's. Raises OSError, for example if the disk is full.
+        An interrupted save leaves all old tensors or all new ones, never a mixture; config and
+        tokenizer files may then be older or newer than they. Raises OSError (a full disk, say).
         """
         import weights
         weights.save_model(self, Path(folder))
@@ -443,19 +449,19 @@ class Llama(nn.Module):
 
 def truncate(logits: Tensor, top_k: int = 50, top_p: float = 0.95) -> Tensor:
     """
-    Returns a mask of the codes that may be drawn, the support of the policy; truncates nothing
-    itself. logits (..., V) -> bool (..., V).
+    The support of the policy, a mask of the codes that may be drawn: logits (..., V) -> bool.
 
-    The top_k most likely codes, and of these the fewest that hold top_p of the top_k's total
-    probability. Ties go to the lower index; at least one code stays. top_k = 1 is greedy decoding.
+    First the top_k most likely codes are kept and renormalised, then of these the shortest prefix
+    whose probability reaches top_p. Ties go to the lower index; at least one code stays. top_k = 1
+    (or less) is greedy decoding.
     """
     ordered, index = logits.float().sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
     ordered = ordered.masked_fill(rank >= max(top_k, 1), -torch.inf)
     p = ordered.softmax(-1)
     before = p.cumsum(-1) - p                                   # held by the codes ranked higher
-    keep = (before < top_p) | (top_p >= 1)                      # cumsum may round to 1 early
-    keep = keep & (ordered > -torch.inf)
+    keep = (before < top_p) | (top_p >= 1)                      # 1: all, although cumsum rounds
+    keep = keep & (ordered > -torch.inf)                        # but none outside the top_k
     keep[..., 0] = True
     return torch.zeros_like(keep).scatter(-1, index, keep)
 
@@ -474,8 +480,9 @@ def draw(logits: Tensor, support: Tensor,
     """
     Samples one code from the policy: logits, support (..., V) -> (...).
 
-    argmax(p / Exponential(1)) is a sample of p; unlike torch.multinomial it does not make the CPU
-    wait for the GPU. Of several generators, each draws for an equal part of the first axis.
+    argmax(p / Exponential(1)) is a sample of p (an exponential race, as the Gumbel-max trick);
+    unlike torch.multinomial it does not make the CPU wait for the GPU. A list of generators: the
+    rows are cut into as many equal blocks, one for each.
     """
     p = logits.float().masked_fill(~support, -torch.inf).softmax(-1)
     noise = torch.empty_like(p)
@@ -507,7 +514,7 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, group: int = 1, 
         raise ValueError(f"{len(generator)} generators for {B} prompts: one per prompt")
     check_length(config, S, T)
 
-    capacity = S + T - 1                                        # the last code stays out
+    capacity = S + T - 1                                        # the last code is not fed back
     cache = Cache(config, B, capacity, prompt.device, model.head.dtype)
     hidden = model(prompt, cache)[:, -1]                        # (B, D)
     cache.expand(group)
@@ -541,8 +548,8 @@ def decode_step(model: Llama, cache: Cache,
     next token. to_logits: model.visual_logits or model.logits.
 
     On CUDA the hundreds of kernels of a step are captured in a graph and replayed with one launch.
-    Capturing takes about as long as ten steps. There the returned tensor is reused: the next call
-    overwrites it.
+    Capturing takes about as long as ten steps. On CUDA every call returns the same tensor, which
+    the next call overwrites.
     """
     @torch.no_grad()
     def step(ids: Tensor) -> Tensor:
