@@ -425,8 +425,8 @@ class Llama(nn.Module):
         vocabulary by that many visual codes, unless the folder has them already.
 
         Raises ValueError if the folder has another number of visual codes, for a file (named) that
-        is missing, damaged or not supported, and for a tensor (named) that is missing, unknown, listed twice,
-        of another shape, neither fp32, bf16 nor fp16, or not finite.
+        is missing, damaged or not supported, and for a tensor (named) that is missing, unknown,
+        listed twice, of another shape, neither fp32, bf16 nor fp16, or not finite.
         """
         import weights                      # here, because weights.py imports this file
         return weights.load_model(Path(folder), dtype, device, n_visual)
