@@ -1,23 +1,25 @@
 """
-GRPO: advantages within groups, the loss against its formula and its gradient, the rollout's bookkeeping.
+GRPO: advantages in groups, the loss against its formula and its gradient, rollouts.
 
     pytest tests/test_grpo.py
 """
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import ddt as tokenizer
+import ddt
 import grpo
 import reward
 import sft
 import sim
-from grpo import advantages, grpo_loss
+from grpo import advantages, frozen_logits, grpo_loss, kl_divergence
 from lm import Llama, LlamaConfig, draw, logprobs, truncate
+from vae import VAE
 
 R, T, V = 6, 5, 12
 EVERYTHING = torch.ones(R, T, V, dtype=torch.bool)
@@ -28,12 +30,13 @@ def seeded(seed=0):
 
 
 def example(seed=0, top_k=8, top_p=0.9):
-    """Logits that want a gradient, the reference's, codes drawn from the policy, support, advantages."""
+    """Logits that need a gradient, the reference's, codes from the policy, support, advantages."""
     g = seeded(seed)
     logits = (2 * torch.randn(R, T, V, generator=g)).requires_grad_()
     logits_ref = logits.detach() + torch.randn(R, T, V, generator=g)
     support = truncate(logits.detach(), top_k, top_p)
-    return logits, logits_ref, draw(logits.detach(), support, g), support, torch.randn(R, generator=g)
+    codes = draw(logits.detach(), support, g)
+    return logits, logits_ref, codes, support, torch.randn(R, generator=g)
 
 
 def kl_by_hand(logits, logits_ref):
@@ -52,7 +55,7 @@ def kl_by_hand(logits, logits_ref):
 def test_advantages_against_numpy():
     reward = torch.rand(5, 8, generator=seeded())
     for group, result in zip(reward.numpy(), advantages(reward)):
-        expected = (group - np.mean(group)) / (np.std(group, ddof=1) + grpo.NOISE)
+        expected = (group - np.mean(group)) / (np.std(group, ddof=1) + grpo.REWARD_NOISE)
         np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -103,23 +106,32 @@ def test_loss_and_gradient_at_ratio_one(beta, seed):
     plain = -A[:, None] * logprobs(logits, codes, support)
     log_pi, log_ref = logits.log_softmax(-1), logits_ref.log_softmax(-1)
     plain = plain + beta * (log_pi.exp() * (log_pi - log_ref)).sum(-1)
-    gradient, expected = (torch.autograd.grad(x.sum(), logits)[0] for x in (result["loss"], plain.mean(1)))
+    gradient = torch.autograd.grad(result["loss"].sum(), logits)[0]
+    expected = torch.autograd.grad(plain.mean(1).sum(), logits)[0]
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     assert gradient.abs().sum() > 0.1
+
+
+def strength_of(loss, logits):
+    """How strongly each token's logits are pushed: (R, T)."""
+    return torch.autograd.grad(loss.sum(), logits)[0].abs().sum(-1)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0])
 def test_clipping(sign, ratio):
-    """Beyond the clip there is nothing more to gain in the advantage's direction; the way back stays open."""
+    """
+    Beyond the clip nothing more is gained in the advantage's direction. The way back stays open.
+    """
     logits, logits_ref, codes, support, _ = example(top_k=V, top_p=0.999)
     A = sign * torch.arange(1.0, R + 1)
     logp_old = logprobs(logits, codes, support).detach() - math.log(ratio)
     result = grpo_loss(logits, logits_ref, codes, support, logp_old, A, 0.2, 0.0)
     clipped = ratio > 1.2 if sign > 0 else ratio < 0.8
-    torch.testing.assert_close(result["loss"], -(A * (min(max(ratio, 0.8), 1.2) if clipped else ratio)))
+    gain = min(max(ratio, 0.8), 1.2) if clipped else ratio
+    torch.testing.assert_close(result["loss"], -gain * A)
     assert (result["clipped"] == float(clipped)).all()
-    strength = torch.autograd.grad(result["loss"].sum(), logits)[0].abs().sum(-1)                 # (R, T)
+    strength = strength_of(result["loss"], logits)
     assert (strength == 0).all() if clipped else (strength > 0).all()
 
 
@@ -129,10 +141,11 @@ def test_tokens_have_advantages_of_their_own():
     A[:, 2] = 2.0
     loss = grpo_loss(logits, logits_ref, codes, support, logp_old, A, 0.2, 0.0)["loss"]
     torch.testing.assert_close(loss, torch.full((R,), -2.0 / T))
-    strength = torch.autograd.grad(loss.sum(), logits)[0].abs().sum(-1)                           # (R, T)
+    strength = strength_of(loss, logits)
     assert (strength[:, 2] > 0).all() and strength.sum() == strength[:, 2].sum()
+    A = torch.arange(R) - 2.0
     equal = [grpo_loss(logits, logits_ref, codes, support, logp_old, a, 0.2, 0.1)["loss"]
-             for a in (torch.arange(R) - 2.0, (torch.arange(R) - 2.0)[:, None].expand(R, T))]
+             for a in (A, A[:, None].expand(R, T))]
     torch.testing.assert_close(*equal)
 
 
@@ -142,11 +155,13 @@ def test_tokens_are_clipped_one_by_one():
     logp_old = logprobs(logits, codes, support).detach() - ratio.log()
     A = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     result = grpo_loss(logits, logits_ref, codes, support, logp_old, A, 0.2, 0.0)
-    strength = torch.autograd.grad(result["loss"].sum(), logits)[0].abs().sum(-1)
-    assert torch.equal(strength[:3] > 0, torch.tensor([True, True, False, True, False]).expand(3, T))
-    assert torch.equal(strength[3:] > 0, torch.tensor([False, True, True, True, True]).expand(3, T))
-    torch.testing.assert_close(result["loss"][:3], torch.full((3,), -(0.5 + 1.0 + 1.2 + 1.1 + 1.2) / 5))
-    torch.testing.assert_close(result["loss"][3:], torch.full((3,), (0.8 + 1.0 + 1.5 + 1.1 + 3.0) / 5))
+    moved = strength_of(result["loss"], logits) > 0                         # (R, T)
+    upwards = torch.tensor([True, True, False, True, False])
+    downwards = torch.tensor([False, True, True, True, True])
+    assert torch.equal(moved[:3], upwards.expand(3, T))
+    assert torch.equal(moved[3:], downwards.expand(3, T))
+    expected = [-(0.5 + 1.0 + 1.2 + 1.1 + 1.2) / 5] * 3 + [(0.8 + 1.0 + 1.5 + 1.1 + 3.0) / 5] * 3
+    torch.testing.assert_close(result["loss"], torch.tensor(expected))
     torch.testing.assert_close(result["clipped"], torch.tensor([0.4] * 3 + [0.2] * 3))
 
 
@@ -154,8 +169,9 @@ def test_tokens_are_clipped_one_by_one():
 
 
 def measured(logits, logits_ref, codes, support):
-    logp_old = logprobs(logits, codes, support)
-    return grpo_loss(logits, logits_ref, codes, support, logp_old, torch.zeros(len(codes)), 0.2, 1.0)
+    """The loss with beta 1 and without advantages: the KL alone."""
+    logp_old, A = logprobs(logits, codes, support), torch.zeros(len(codes))
+    return grpo_loss(logits, logits_ref, codes, support, logp_old, A, 0.2, 1.0)
 
 
 def test_kl_is_the_sum_over_all_codes():
@@ -163,10 +179,13 @@ def test_kl_is_the_sum_over_all_codes():
     result, by_hand = measured(logits, logits_ref, codes, support), kl_by_hand(logits, logits_ref)
     torch.testing.assert_close(result["kl"].double(), by_hand.mean(1), rtol=1e-4, atol=1e-6)
     assert by_hand.min() > 1e-3
+    apart = kl_divergence(logits, logits_ref)                                               # (R, T)
+    torch.testing.assert_close(apart.double(), by_hand, rtol=1e-4, atol=1e-6)
     p = logits.detach().double().softmax(-1)
     entropy = -(p * p.log()).sum(-1).mean(1)
     torch.testing.assert_close(result["entropy"].double(), entropy, rtol=1e-4, atol=1e-6)
-    same = measured(logits, logits.detach() + 3.0, codes, support)       # a softmax does not see the shift
+    shifted = logits.detach() + 3.0                         # the same for a softmax
+    same = measured(logits, shifted, codes, support)
     assert same["kl"].abs().max() < 1e-6
     assert torch.autograd.grad(same["loss"].sum(), logits)[0].abs().max() < 1e-6
 
@@ -178,7 +197,8 @@ def test_kl_is_what_sampling_estimates():
     a, b = (x[0].detach().expand(n, T, V) for x in (logits, logits_ref))
     everything = torch.ones(n, T, V, dtype=torch.bool)
     drawn = draw(a, everything, seeded(3))
-    estimates = (logprobs(a, drawn, everything) - logprobs(b, drawn, everything)).mean(1)         # (n,)
+    log_ratio = logprobs(a, drawn, everything) - logprobs(b, drawn, everything)             # (n, T)
+    estimates = log_ratio.mean(1)
     assert abs(estimates.mean() - exact) < 4 * estimates.std() / n ** 0.5 < 0.2 * exact
 
 
@@ -189,7 +209,8 @@ def test_untruncated_policy_is_the_softmax():
     assert truncate(logits.detach(), V, 1.0).all()
     old = logp.detach() + 0.1 * torch.randn(R, T, generator=seeded(1))
     ratio = (logp - old).exp()
-    expected = -torch.minimum(ratio * A[:, None], ratio.clamp(0.8, 1.2) * A[:, None]).mean(1)
+    gain, clipped_gain = ratio * A[:, None], ratio.clamp(0.8, 1.2) * A[:, None]
+    expected = -torch.minimum(gain, clipped_gain).mean(1)
     result = grpo_loss(logits, logits_ref, codes, EVERYTHING, old, A, 0.2, 0.0)
     torch.testing.assert_close(result["loss"], expected)
 
@@ -212,10 +233,11 @@ def test_a_step_favours_what_was_better():
     codes, A = ids[:, -T:] - 1, torch.tensor([1.5, -1.5, 0.5, -0.5, 1.0, -1.0])
 
     def logp():
-        return logprobs(grpo.last_logits(model, ids, T), codes, EVERYTHING)                            # (R, T)
-    before, reference = logp().detach(), grpo.last_logits(model, ids, T).detach()
-    logits = grpo.last_logits(model, ids, T)
-    grpo_loss(logits, reference, codes, EVERYTHING, before, A, 0.2, 0.02)["loss"].sum().backward()
+        return logprobs(grpo.CodeLogits(model)(ids, T), codes, EVERYTHING)                  # (R, T)
+    before, reference = logp().detach(), frozen_logits(model, ids, T, R).detach()
+    logits = grpo.CodeLogits(model)(ids, T)
+    result = grpo_loss(logits, reference, codes, EVERYTHING, before, A, 0.2, 0.02)
+    result["loss"].sum().backward()
     with torch.no_grad():
         for p in model.parameters():
             p -= 1e-3 * p.grad
@@ -223,97 +245,123 @@ def test_a_step_favours_what_was_better():
     assert (gained.sign() == A.sign()).all()
 
 
-def test_scored_logits_are_those_before_each_code():
+def test_code_logits_are_those_before_each_code():
     model = language_model(V)
-    ids = torch.randint(1, 1 + V, (2, 9), generator=seeded())
-    logits = grpo.last_logits(model, ids, 4)
-    assert logits.shape == (2, 4, V)
+    ids = torch.randint(1, 1 + V, (3, 9), generator=seeded())
+    logits = grpo.CodeLogits(model)(ids, 4)
+    assert logits.shape == (3, 4, V)
     for i in range(4):
         torch.testing.assert_close(logits[:, i], model.logits(model(ids[:, :5 + i]))[:, -1, 1:])
+    for micro_batch in (1, 2, 3, 9):
+        torch.testing.assert_close(frozen_logits(model, ids, 4, micro_batch), logits)
 
 
 @pytest.fixture(scope="module")
 def rollout():
     """A real one, of random models: 3 clips, groups of 4."""
     torch.manual_seed(0)
-    vae = tokenizer.VAE({"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 4,
-                         "norm_num_groups": 4, "scaling_factor": 1.0, "shift_factor": 0.0,
-                         "use_quant_conv": False, "use_post_quant_conv": False})
-    small = tokenizer.Config(size=16, queries=2, patch=4, image_width=16, query_width=16, encoder_layers=1,
-                             width=16, layers=1, heads=2)
-    ddt = tokenizer.DDT(small, vae).eval()
-    torch.nn.init.normal_(ddt.decoder.latent_out.weight)
+    vae = VAE([8, 16], 4, norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False)
+    small = ddt.Config(size=16, queries=2, patch=4, image_width=16, query_width=16,
+                       encoder_layers=1, width=16, layers=1, heads=2)
+    tokenizer = ddt.DDT(small, vae).eval()
+    torch.nn.init.normal_(tokenizer.decoder.latent_out.weight)
     policy, reference = language_model().eval(), language_model().eval()
     with torch.no_grad():
         reference.head.add_(0.05 * torch.randn(reference.head.shape, generator=seeded(4)))
     config, clips = grpo.Config(group=4, top_k=20, top_p=0.9), sim.sample("uniform", "posttrain", 3)
     frames = sim.render(clips.position, clips.radius, 16).flatten(0, 1)
     with torch.no_grad():                                                # other frames, other codes
-        ddt.quantizer.fill(ddt.quantizer.vectors(ddt.encoder(ddt.latent(frames))).flatten(0, 1))
-    r = grpo.rollout(policy, reference, ddt, clips, config, [seeded(i) for i in range(len(clips))])
-    return policy, reference, ddt, clips, config, r
+        tokenizer.quantizer.fill(tokenizer.vectors(tokenizer.latent(frames)).flatten(0, 1))
+    generators = [seeded(i) for i in range(3)]
+    r, scores = grpo.rollout(policy, reference, tokenizer, clips, config, generators)
+    return SimpleNamespace(policy=policy, reference=reference, tokenizer=tokenizer, clips=clips,
+                           config=config, r=r, scores=scores)
+
+
+def sample(rollout, clips=None, generators=None, **change):
+    """The rollout again, with something changed -> rollouts, scores."""
+    x = rollout
+    clips = x.clips if clips is None else clips
+    generators = generators or [seeded(i) for i in range(3)]
+    config = dataclasses.replace(x.config, **change)
+    return grpo.rollout(x.policy, x.reference, x.tokenizer, clips, config, generators)
 
 
 def test_ratio_is_one_before_the_first_update(rollout):
-    policy, _, _, _, config, r = rollout
-    logits = grpo.last_logits(policy, r.ids, r.codes.shape[1])
+    config, r = rollout.config, rollout.r
+    logits = frozen_logits(rollout.policy, r.ids, r.codes.shape[1], len(r.ids))
     assert torch.equal(logprobs(logits, r.codes, r.support), r.logp_old)
-    result = grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage, config.ratio_clip, config.beta)
-    torch.testing.assert_close(result["loss"], -r.advantage.mean(1) + config.beta * result["kl"], rtol=0, atol=1e-5)
+    result = grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage,
+                       config.clip_eps, config.beta)
+    expected = -r.advantage.mean(1) + config.beta * result["kl"]
+    torch.testing.assert_close(result["loss"], expected, rtol=0, atol=1e-5)
     assert not result["clipped"].any() and result["kl"].min() > 1e-4
-    agree = truncate(logits, config.top_k, config.top_p) == r.support    # sampled with a cache, this without
+    # sampled with a cache, this without
+    agree = truncate(logits, config.top_k, config.top_p) == r.support
     assert agree.float().mean() > 0.9999 and r.support.sum(-1).max() <= 20
     assert r.support.gather(-1, r.codes[..., None]).all()
 
 
 def test_rollouts_stand_beside_their_condition(rollout):
-    policy, reference, ddt, clips, _, r = rollout
+    r, policy, clips = rollout.r, rollout.policy, rollout.clips
     T = (sim.FRAMES - sim.CONDITION) * 2
     assert r.ids.shape == (12, 1 + 2 * sim.FRAMES)
     assert r.codes.shape == (12, T) and r.support.shape == (12, T, 256)
     for i, (ids, codes) in enumerate(zip(r.ids, r.codes)):
-        frames = sim.render(clips.position[i // 4][None], clips.radius[i // 4][None], 16)[0]
-        shown = sft.sequence(policy, ddt.encode(frames[:sim.CONDITION])[None])[0]
-        assert torch.equal(ids, torch.cat([shown, policy.first_code + codes]))
+        clip = clips[i // 4:i // 4 + 1]
+        frames = sim.render(clip.position, clip.radius, 16)[0]
+        given = rollout.tokenizer.encode(frames[:sim.CONDITION])[None]
+        prompt = sft.sequence(policy, given)[0]
+        assert torch.equal(ids, torch.cat([prompt, policy.first_code + codes]))
     assert len(r.codes.unique(dim=0)) == 12 and len(r.ids[:, :-T].unique(dim=0)) == 3
-    torch.testing.assert_close(r.logits_ref, grpo.last_logits(reference, r.ids, T))
+    torch.testing.assert_close(r.logits_ref, frozen_logits(rollout.reference, r.ids, T, 12))
     assert not r.logp_old.requires_grad and not r.logits_ref.requires_grad
-    assert r.scores["reward"].shape == (3, 4)
-    assert r.advantage.shape == (12, T) and torch.equal(r.advantage[:, ::2], r.advantage[:, 1::2])      # two tokens a frame
+    assert {name: x.shape for name, x in rollout.scores.items()} == {
+        name: (3, 4) for name in ("reward", "velocity", "mass")}
+    assert r.advantage.shape == (12, T)
+    assert torch.equal(r.advantage[:, ::2], r.advantage[:, 1::2])           # two tokens per frame
 
 
-def test_a_token_is_judged_by_the_frames_from_its_own_on(rollout):
-    policy, reference, ddt, clips, config, r = rollout
-    codes = r.codes.view(12, -1, 2)
-    decoded = torch.cat([sft.decode(ddt, c, seeded(9)) for c in codes.split(4)])
-    shown = sim.render(clips.position[:, :sim.CONDITION], clips.radius, 16).repeat_interleave(4, 0)
-    clip = torch.arange(3).repeat_interleave(4)
-    for whole_clip in (False, True):
-        again = dataclasses.replace(config, whole_clip=whole_clip)
-        monkey = iter(decoded.split(4))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sft, "decode", lambda *_: next(monkey))
-            result = grpo.rollout(policy, reference, ddt, clips, again, [seeded(i) for i in range(3)])
-        assert torch.equal(result.codes, r.codes)
-        scores = reward.reward(torch.cat([shown, decoded], 1), clips[clip], 8)
-        if whole_clip:
-            expected = advantages(scores["reward"].view(3, 4)).flatten()[:, None].expand(12, 29)
-        else:
-            expected = advantages(scores["ahead"].view(3, 4, 32))[:, :, sim.CONDITION:].flatten(0, 1)         # (12, 29)
-        assert torch.equal(result.advantage, expected.repeat_interleave(2, 1)) and expected.abs().max() > 0.1
+def test_micro_batches_of_a_rollout(rollout):
+    parts = rollout.r.split(5)
+    assert [len(part.ids) for part in parts] == [3, 3, 2, 2, 2]
+    for name, x in vars(rollout.r).items():
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), x)
 
 
-def test_true_clips_hold_the_policy_where_it_was(rollout):
-    """Their KL is nothing at the reference, and a step from elsewhere goes back to it."""
-    _, reference, ddt, _, _, _ = rollout
-    clips = grpo.true_clips(reference, ddt, sim.sample("uniform", "pretrain", 5))
+@pytest.mark.parametrize("whole_clip", [False, True])
+def test_a_token_is_judged_by_the_frames_from_its_own_on(rollout, monkeypatch, whole_clip):
+    clips, codes = rollout.clips, rollout.r.codes.view(12, -1, 2)
+    decoded = [sft.decode(rollout.tokenizer, group, seeded(9)) for group in codes.split(4)]
+    turns = iter(decoded)
+    monkeypatch.setattr(sft, "decode", lambda *_: next(turns))
+    r, _ = sample(rollout, whole_clip=whole_clip)
+    assert torch.equal(r.codes, rollout.r.codes)
+
+    given = sim.render(clips.position[:, :sim.CONDITION], clips.radius, 16).repeat_interleave(4, 0)
+    frames = torch.cat([given, torch.cat(decoded)], 1)
+    scores = reward.reward(frames, clips[torch.arange(3).repeat_interleave(4)], 8)
+    if whole_clip:
+        expected = advantages(scores["reward"].view(3, 4)).flatten()[:, None].expand(12, 29)
+    else:
+        expected = advantages(scores["ahead"].view(3, 4, 32))[:, :, sim.CONDITION:].flatten(0, 1)
+    assert torch.equal(r.advantage, expected.repeat_interleave(2, 1))
+    assert expected.abs().max() > 0.1
+
+
+def test_the_kl_on_true_clips_holds_the_policy_at_the_reference(rollout):
+    """It is zero at the reference, and a step from elsewhere goes back to it."""
+    reference = rollout.reference
+    drawn = sim.sample("uniform", "pretrain", 5)
+    clips = grpo.true_clips(reference, rollout.tokenizer, drawn)
     assert clips.ids.shape == (5, 65) and clips.logits_ref.shape == (5, 58, 256)
     halves = clips.split(2)
-    assert [len(part.ids) for part in halves] == [3, 2] and torch.equal(torch.cat([part.ids for part in halves]), clips.ids)
+    assert [len(part.ids) for part in halves] == [3, 2]
+    assert torch.equal(torch.cat([part.ids for part in halves]), clips.ids)
+    assert torch.equal(torch.cat([part.logits_ref for part in halves]), clips.logits_ref)
 
     def kl(policy):
-        logits = grpo.LastLogits(policy)(clips.ids, 58)
-        return grpo.kl_divergence(logits.log_softmax(-1), clips.logits_ref.log_softmax(-1)).mean()
+        return kl_divergence(grpo.CodeLogits(policy)(clips.ids, 58), clips.logits_ref).mean()
     assert kl(reference).abs() < 1e-6
     policy = copy.deepcopy(reference)
     with torch.no_grad():
@@ -328,21 +376,21 @@ def test_true_clips_hold_the_policy_where_it_was(rollout):
 
 
 def test_a_rollout_does_not_depend_on_the_others_of_its_batch(rollout):
-    """So ranks may share the prompts in any way."""
-    policy, reference, ddt, clips, config, r = rollout
-    alone = grpo.rollout(policy, reference, ddt, clips[1:2], config, [seeded(1)])
-    assert torch.equal(alone.ids, r.ids[4:8]) and torch.equal(alone.support, r.support[4:8])
-    torch.testing.assert_close(alone.scores["reward"][0], r.scores["reward"][1])
+    """Thus ranks may share the prompts in any way."""
+    alone, scores = sample(rollout, rollout.clips[1:2], [seeded(1)])
+    assert torch.equal(alone.ids, rollout.r.ids[4:8])
+    assert torch.equal(alone.support, rollout.r.support[4:8])
+    torch.testing.assert_close(scores["reward"][0], rollout.scores["reward"][1])
 
 
 def test_rollouts_are_scored_against_their_own_clip(rollout, monkeypatch):
     """Were every continuation the true one, all of a group would score what the truth scores."""
-    policy, reference, ddt, clips, config, _ = rollout
+    clips = rollout.clips
     truth = sim.render(clips.position, clips.radius, 16)
     turns = iter(truth[:, sim.CONDITION:])
     monkeypatch.setattr(sft, "decode", lambda *_: next(turns).expand(4, -1, -1, -1, -1))
-    scores = grpo.rollout(policy, reference, ddt, clips, config, [seeded(i) for i in range(len(clips))]).scores
+    _, scores = sample(rollout)
     for name, expected in reward.reward(truth, clips).items():
         torch.testing.assert_close(scores[name], expected[:, None].expand(3, 4))
     scrambled = reward.reward(truth.roll(1, 0), clips)["reward"]
-    assert (scrambled < scores["reward"][:, 0] - 0.1).all()              # another clip's would score less
+    assert (scrambled < scores["reward"][:, 0] - 0.1).all()     # another clip's would score less

@@ -1,23 +1,24 @@
 """
-Symbol learning: what is asked of the model and what it reads.
+SFT: sequences, targets and inputs, the cache of the clips' codes.
 
     pytest tests/test_sft.py
 """
 import dataclasses
-import inspect
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import ddt
-import grpo
+import checkpoint
 import sft
 import sim
 import train
-from lm import CONFIGS, Cache, Llama, LlamaConfig
+from checkpoint import UserError
+from lm import Llama, LlamaConfig
 
 ALONE = train.World(0, 1, torch.device("cpu"))
 
@@ -32,7 +33,17 @@ def model(seed=0) -> Llama:
 
 
 def clips(B=3, F=4, K=2, seed=0):
-    return torch.randint(12, (B, F, K), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(12, (B, F, K), generator=g, dtype=torch.uint8)
+
+
+def circle_of(n):
+    """n codes (n, 3) on a circle."""
+    angle = torch.arange(n) * (2 * math.pi / n)
+    return torch.stack([angle.cos(), angle.sin(), torch.zeros(n)], -1)
+
+
+# ------------------------------------------------------------------ inputs and targets
 
 
 def test_sequence():
@@ -48,74 +59,77 @@ def test_loss_is_the_cross_entropy_of_the_next_code():
     loss = sft.NextToken(llama)(ids, ids)
     for i, clip in enumerate(codes.flatten(1).tolist()):
         total = 0.0
-        for j, code in enumerate(clip):                          # one prefix after the other, over visual codes alone
-            logits = llama.logits(llama(ids[i:i + 1, :j + 1]))[0, -1, 1:].double()
+        for j, code in enumerate(clip):                     # one prefix after the other
+            logits = llama.logits(llama(ids[i:i + 1, :j + 1]))
+            logits = logits[0, -1, 1:].double()             # over visual codes alone
             total -= math.log(logits.softmax(-1)[code])
         assert abs(loss[i].item() - total / len(clip)) < 1e-5
 
 
-def test_what_is_read_may_be_wrong_what_is_asked_is_true():
+def test_inputs_may_be_corrupt_targets_are_true():
     llama = model()
-    ids, others = sft.sequence(llama, clips()), sft.sequence(llama, clips(seed=1))
-    read = torch.cat([ids[:, :5], others[:, 5:]], 1)
-    loss = sft.NextToken(llama)(ids, read)
-    logits = llama.visual_logits(llama(read[:, :-1])).log_softmax(-1)                # (B, S - 1, V)
-    expected = -logits.gather(-1, ids[:, 1:, None] - 1).mean((1, 2))
+    targets, others = sft.sequence(llama, clips()), sft.sequence(llama, clips(seed=1))
+    inputs = torch.cat([targets[:, :5], others[:, 5:]], 1)
+    loss = sft.NextToken(llama)(targets, inputs)
+    logits = llama.visual_logits(llama(inputs[:, :-1])).log_softmax(-1)         # (B, S - 1, V)
+    expected = -logits.gather(-1, targets[:, 1:, None] - 1).mean((1, 2))
     torch.testing.assert_close(loss, expected)
-    assert not torch.allclose(loss, sft.NextToken(llama)(ids, ids))
+    assert not torch.allclose(loss, sft.NextToken(llama)(targets, targets))
 
 
-def test_misread():
-    """Given frames are read as they are, later ones as a near code, each equally often, but for a share read as any code."""
+def test_corrupt_inputs():
+    """
+    Given frames stay. Later codes become a near one, each equally often, but for a share that
+    becomes any code.
+    """
     codes = torch.randint(50, (400, 6, 3), generator=torch.Generator().manual_seed(0))
-    near = (torch.arange(50)[:, None] + torch.arange(-1, 2)) % 50                            # itself and both neighbours
-    read = lambda corrupt, near=near: sft.misread(codes, near, corrupt, torch.Generator().manual_seed(1))
-    step = (read(0.0) - codes + 1) % 50                                                      # 0, 1, 2
+    near = (torch.arange(50)[:, None] + torch.arange(-1, 2)) % 50   # itself and both neighbours
+    itself = near[:, 1:2]
+
+    def corrupted(share, near=near):
+        return sft.corrupt_inputs(codes, near, share, torch.Generator().manual_seed(1))
+    step = (corrupted(0.0) - codes + 1) % 50                # 0, 1, 2
     assert (step[:, :3] == 1).all() and torch.equal(step[:, 3:].unique(), torch.arange(3))
     shares = torch.bincount(step[:, 3:].flatten()) / step[:, 3:].numel()
     torch.testing.assert_close(shares, torch.full((3,), 1 / 3), rtol=0, atol=0.03)
-    assert torch.equal(read(0.0, near[:, 1:2]), codes)
-    wrong = (read(0.2, near[:, 1:2]) != codes).float().mean((0, 2))                          # one in 50 is right by chance
-    torch.testing.assert_close(wrong, 0.2 * 49 / 50 * torch.tensor([0, 0, 0, 1.0, 1, 1]), rtol=0, atol=0.04)
-    assert torch.equal(read(0.2), read(0.2))
+    assert torch.equal(corrupted(0.0, itself), codes)
+    wrong = (corrupted(0.2, itself) != codes).float().mean((0, 2))
+    expected = 0.2 * 49 / 50 * torch.tensor([0, 0, 0, 1.0, 1, 1])   # one in 50 is right by chance
+    torch.testing.assert_close(wrong, expected, rtol=0, atol=0.04)
+    assert torch.equal(corrupted(0.2), corrupted(0.2))
 
 
-def test_neighbours():
+def test_nearest_codes():
     """On a circle the codes on both sides; a code itself is the first, whatever its equals."""
-    angle = torch.arange(256) * (2 * math.pi / 256)
-    circle = torch.stack([angle.cos(), angle.sin(), torch.zeros(256)], -1)
-    near, i = sft.neighbours(circle, 5), torch.arange(256)
+    circle, i = circle_of(256), torch.arange(256)
+    near = sft.nearest_codes(circle, 5)
+    around = torch.stack([(i + j) % 256 for j in range(-2, 3)], -1)
     assert torch.equal(near[:, 0], i)
-    assert torch.equal(near.sort().values, torch.stack([(i + j) % 256 for j in range(-2, 3)], -1).sort().values)
+    assert torch.equal(near.sort().values, around.sort().values)
     circle[:100] = circle[7]
-    assert torch.equal(sft.neighbours(circle, 1)[:, 0], i)
+    assert torch.equal(sft.nearest_codes(circle, 1)[:, 0], i)
 
 
-def test_what_is_asked_of_the_model_is_true():
-    llama, codes = model(), clips(F=6).long()
-    near = torch.stack([torch.arange(12), (torch.arange(12) + 1) % 12], 1)
-    asked, read = sft.batch_of(llama, codes, near, 0.5, torch.Generator().manual_seed(0))
-    assert torch.equal(asked, sft.sequence(llama, codes))
-    given = 1 + sim.CONDITION * 2                                                            # BOS and 3 frames of 2 codes
-    assert torch.equal(read[:, :given], asked[:, :given]) and (read[:, given:] != asked[:, given:]).any()
-
-
-def test_near_codes_begin_alike():
-    """Similarity of the rows falls with the angle between two codes as the kernel of the features does; BOS and scale stay."""
+def test_embeddings_of_near_codes_start_alike():
+    """
+    The similarity of the rows falls with the angle between two codes as the kernel of the features
+    does. BOS and scale stay.
+    """
     torch.manual_seed(0)
-    angle = torch.arange(256) * (2 * math.pi / 256)
-    circle = torch.stack([angle.cos(), angle.sin(), torch.zeros(256)], -1)
+    circle = circle_of(256)
     llama = Llama(LlamaConfig(257, 512, 48, 1, 4, 2, 8, n_visual=256))
-    before = [w.clone() for w in (llama.model["embed_tokens"].weight, llama.lm_head.weight)]
-    sft.begin_alike(llama, circle, 5.0)
+    weights = (llama.model["embed_tokens"].weight, llama.lm_head.weight)
+    before = [w.clone() for w in weights]
+    sft.init_code_embeddings(llama, circle, 5.0)
     frequency = torch.logspace(0, math.log10(5), 512)
-    for old, new in zip(before, (llama.model["embed_tokens"].weight, llama.lm_head.weight)):
-        assert torch.equal(old[0], new[0]) and new[1:].std().item() == pytest.approx(old[1:].std().item(), rel=0.05)
+    for old, new in zip(before, weights):
+        assert torch.equal(old[0], new[0])
+        assert new[1:].std().item() == pytest.approx(old[1:].std().item(), rel=0.05)
         for steps in (1, 5, 20, 100):
-            d = 2 * math.sin(math.pi * steps / 256)                                  # between codes so many steps apart
-            kernel = torch.exp(-(frequency * d).square() / 2).mean().item()          # E cos(w d), w ~ N(0, s^2)
-            found = torch.cosine_similarity(new[1:], new[1:].roll(steps, 0), dim=-1).mean().item()
-            assert found == pytest.approx(kernel, abs=0.03)
+            d = 2 * math.sin(math.pi * steps / 256)         # between codes so many steps apart
+            kernel = torch.exp(-(frequency * d).square() / 2).mean().item()     # E cos(w d)
+            found = torch.cosine_similarity(new[1:], new[1:].roll(steps, 0), dim=-1)
+            assert found.mean().item() == pytest.approx(kernel, abs=0.03)
 
 
 # ------------------------------------------------------------------ training clips as codes
@@ -123,137 +137,108 @@ def test_near_codes_begin_alike():
 
 @pytest.fixture
 def tokenizer(monkeypatch):
-    """Codes that say which clip it is: x and y of every frame's centre, in hundredths of the view. And what was asked of it."""
+    """
+    A tokenizer whose codes tell which clip they are of: x and y of every frame's centre, in
+    hundredths of the view. Its `asked` lists the numbers of clips that it encoded.
+    """
     asked = []
 
-    def tokenize(ddt, clips):
+    def tokenize(_, clips):
         asked.append(len(clips))
         return (clips.position[:, :, 0] * 10).round().to(torch.uint8)
     monkeypatch.setattr(sft, "tokenize", tokenize)
-    return SimpleNamespace(config=SimpleNamespace(queries=2), quantizer=SimpleNamespace(codebook=torch.ones(2, 2)), asked=asked)
+    quantizer = SimpleNamespace(codebook=torch.ones(2, 2))
+    return SimpleNamespace(config=SimpleNamespace(queries=2), quantizer=quantizer, asked=asked)
 
 
-def test_training_codes_are_those_of_the_clips(tokenizer, tmp_path):
-    config = sft.Config(scenario="all", clips=1100, seed=3)
-    codes = sft.training_codes(config, tokenizer, tmp_path, ALONE)
-    clips = {name: sim.sample(name, "pretrain", 1100, 3) for name in sim.SCENARIOS}
-    expected = torch.cat([sft.tokenize(tokenizer, c) for c in clips.values()])
-    rows = torch.tensor([0, 1023, 1024, 1099, 1100, 2200, 3299, 5])
-    assert len(codes) == 3300 and len(codes.files) == 6 and codes[rows].dtype == torch.uint8
-    assert torch.equal(codes[rows], expected[rows]) and torch.equal(codes[torch.arange(3300)], expected)
+def test_training_codes_are_those_of_the_clips(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sim, "SCENES", 128)
+    config = sft.Config(scenario="all", clips=150, seed=3)
+    codes = sft.training_codes(config, tokenizer, tmp_path / "codes.npy", ALONE)
+    clips = [sim.sample(name, "pretrain", 150, 3) for name in sim.SCENARIOS]
+    expected = torch.cat([sft.tokenize(tokenizer, c) for c in clips]).numpy()
+    assert codes.shape == (450, 32, 2) and codes.dtype == np.uint8
+    assert np.array_equal(codes, expected)
+    assert tokenizer.asked[:6] == [128, 22] * 3             # in chunks
+    saved = np.load(tmp_path / "codes.npy")
+    assert np.array_equal(saved, expected)
+    assert {path.name for path in tmp_path.iterdir()} == {"codes.npy", "codes.txt"}
 
 
-def test_training_codes_go_on_where_they_stopped(tokenizer, tmp_path):
-    """What is there is not made again; what is missing, cut off or of another tokenizer is."""
-    config = sft.Config(clips=2500, seed=3)
-    whole = sft.training_codes(config, tokenizer, tmp_path, ALONE)[torch.arange(2500)]
-    assert sum(tokenizer.asked) == 2500
-    for damage, made in ((lambda path: None, 0), (lambda path: path.unlink(), 1024), (lambda path: path.write_bytes(b"ours?"), 1024),
-                         (lambda path: path.write_bytes(path.read_bytes()[:-1]), 1024),
-                         (lambda path: np.save(path, np.zeros((1024, 32, 3), np.uint8)), 1024)):
-        tokenizer.asked.clear()
-        damage(tmp_path / "uniform-00001.npy")
-        assert torch.equal(sft.training_codes(config, tokenizer, tmp_path, ALONE)[torch.arange(2500)], whole)
-        assert sum(tokenizer.asked) == made
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_training_codes(tokenizer, tmp_path, monkeypatch, ranks):
+    """Every chunk is encoded by one rank, into the same file. The ranks are threads here."""
+    monkeypatch.setattr(sim, "SCENES", 128)
+    config = sft.Config(scenario="all", clips=150, seed=3)
+    alone = sft.training_codes(config, tokenizer, tmp_path / "alone" / "codes.npy", ALONE)
+    expected = np.array(alone)
     tokenizer.asked.clear()
+    barrier = threading.Barrier(ranks, timeout=60)
+    monkeypatch.setattr(train.World, "barrier", lambda world: barrier.wait())
+
+    def of_rank(rank):
+        world = train.World(rank, ranks, torch.device("cpu"))
+        return sft.training_codes(config, tokenizer, tmp_path / "shared" / "codes.npy", world)
+    with ThreadPoolExecutor(ranks) as pool:
+        for codes in pool.map(of_rank, range(ranks)):
+            assert np.array_equal(codes, expected)
+    assert sum(tokenizer.asked) == 450
+
+
+def test_training_codes_are_made_once(tokenizer, tmp_path):
+    """What is there is not made again. What is missing, damaged or of another tokenizer is."""
+    config = sft.Config(clips=200, seed=3)
+    path, note = tmp_path / "codes.npy", tmp_path / "codes.txt"
+
+    def made(config=config):
+        """-> codes, and how many clips were encoded for them."""
+        tokenizer.asked.clear()
+        codes = sft.training_codes(config, tokenizer, path, ALONE)
+        return np.array(codes), sum(tokenizer.asked)
+    whole, n = made()
+    assert n == 200
+    damages = {
+        "none": lambda: None,
+        "missing": lambda: path.unlink(),
+        "foreign": lambda: path.write_bytes(b"ours?"),
+        "empty": lambda: path.write_bytes(b""),
+        "cut off": lambda: path.write_bytes(path.read_bytes()[:-1]),
+        "another shape": lambda: np.save(path, np.zeros((200, 32, 3), np.uint8)),
+        "another type": lambda: np.save(path, np.zeros((200, 32, 2), np.int64)),
+        "killed before the end": lambda: note.unlink(),
+        "another note": lambda: note.write_text("{}")}
+    for name, damage in damages.items():
+        damage()
+        codes, n = made()
+        assert np.array_equal(codes, whole) and n == (0 if name == "none" else 200), name
+    for change in (dict(clips=100), dict(seed=4), dict(scenario="parabola")):
+        assert made(dataclasses.replace(config, **change))[1] == change.get("clips", 200)
+    made()
     tokenizer.quantizer.codebook += 1
-    sft.training_codes(config, tokenizer, tmp_path, ALONE)
-    assert sum(tokenizer.asked) == 2500
-    sft.training_codes(dataclasses.replace(config, clips=100), tokenizer, tmp_path, ALONE)
-    assert [path.name for path in tmp_path.glob("*.npy")] == ["uniform-00000.npy"]
+    assert made()[1] == 200
+    assert {path.name for path in tmp_path.iterdir()} == {"codes.npy", "codes.txt"}
 
 
-# ------------------------------------------------------------------ plans
-
-
-def test_plan_of_8b_by_hand():
-    """On 8 ranks: bf16 weights and gradients, a part of the fp32 masters and moments; 41.1 GiB. Reference and cache beside."""
-    c, GIB = CONFIGS["llama-3.1-8b"], 2 ** 30
-    D, V = c.hidden_size, c.vocab_size + 256
-    layer = D * (D + 2 * 8 * 128) + D * D + 3 * D * c.intermediate_size + 2 * D
-    N = 2 * V * D + 32 * layer + D
-    plan = sft.plan(sft.Config(**{"preset": "paper"} | sft.PRESETS["paper"]), 8)
-    parts = [plan.fixed[k] for k in ("parameters", "gradients", "masters and moments, fp32")]
-    assert parts == pytest.approx([2 * N, 2 * N, 12 * N / 8]) and sum(parts) / GIB == pytest.approx(41.1, abs=0.1)
-    assert plan.tokens == 768 * 512
-    matrices = 32 * (layer - 2 * D) + 256 * D                                        # the head's rows of codes only
-    assert plan.flops == pytest.approx(4 * plan.tokens * (2 * matrices + 4 * 32 * D * 512), rel=1e-6)
-    rl = grpo.plan(grpo.Config(**{"preset": "paper"} | grpo.PRESETS["paper"]), 8)
-    assert [rl.fixed[k] for k in ("parameters", "gradients", "masters and moments, fp32", "reference")] == pytest.approx([*parts, 2 * N])
-    with torch.device("meta"):
-        cache = Cache(dataclasses.replace(c, n_visual=256), 4 * 8, 513, dtype=torch.bfloat16)
-    assert rl.passing["KV cache"] == cache.kv.nbytes * 9 / 8                          # the prompts', then the group's
-    assert rl.tokens == 28 * 8 * 29 * 16
-    assert 55 < rl.total / GIB < 79.3 and rl.total < grpo.plan(grpo.Config(**{"preset": "paper"} | grpo.PRESETS["paper"]), 4).total
-
-
-def test_grpo_is_planned_for_the_model_there_is(tmp_path):
-    """`sft.py --llm` makes another than the preset's. One file, however large: the stages look for model.safetensors."""
-    config = grpo.Config(out=str(tmp_path))
-    before = grpo.plan(config, 1)
-    model = Llama(LlamaConfig(300, 256, 512, 2, 4, 4, 64, n_visual=256)).bfloat16()
-    model.save(tmp_path / "sft")
-    (tmp_path / "sft" / "trained.json").write_text('{"dtype": "bfloat16"}')
-    assert grpo.plan(config, 1).fixed["parameters"] == 2 * sum(p.numel() for p in model.parameters()) != before.fixed["parameters"]
-    assert inspect.signature(Llama.save).parameters["shard_bytes"].default > 10 ** 12
-
-
-def test_tiny_is_planned_too_where_it_starts_from_weights(tmp_path, monkeypatch):
-    Llama(LlamaConfig(300, 256, 512, 2, 4, 4, 64, bos_token_id=1)).save(tmp_path)
-    monkeypatch.setattr(train.os, "sysconf", {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}.__getitem__)
-    train.check_fits(sft.plan, sft.Config(), ALONE)
-    with pytest.raises(train.Problem, match="this run needs"):
-        train.check_fits(sft.plan, sft.Config(llm=str(tmp_path)), ALONE)
+# ------------------------------------------------------------------ models
 
 
 def test_loading_writes_nothing(tmp_path):
     (tmp_path / "ddt.safetensors").write_bytes(b"tokenizer")
     Llama(LlamaConfig(257, 32, 48, 2, 4, 2, 8, n_visual=256)).save(tmp_path / "sft")
-    train.made_of(tmp_path / "sft", ddt=tmp_path / "ddt.safetensors")
-    note = (tmp_path / "sft" / "made_of.json").read_text()
-    sft.load(str(tmp_path / "sft"))
-    assert (tmp_path / "sft" / "made_of.json").read_text() == note
+    config, source = sft.Config(), tmp_path / "ddt.safetensors"
+    checkpoint.start_stage(tmp_path / "sft", config, ALONE, ddt=source)
+    before = {path: path.read_bytes() for path in (tmp_path / "sft").iterdir()}
+    sft.load(tmp_path / "sft")
+    sft.load(tmp_path / "sft", ddt=tmp_path / "ddt.safetensors")
+    assert {path: path.read_bytes() for path in (tmp_path / "sft").iterdir()} == before
+    (tmp_path / "ddt.safetensors").write_bytes(b"another")
+    with pytest.raises(UserError, match="was trained from another ddt"):
+        sft.load(tmp_path / "sft", ddt=tmp_path / "ddt.safetensors")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_planned_activations_are_what_a_pass_keeps(checkpointing):
-    """Against the tensors that a real forward pass saves, on the CPU."""
-    c, rows, S = LlamaConfig(300, 64, 160, 3, 4, 4, 16, n_visual=256), 4, 65
-    loss_of = sft.NextToken(Llama(c))
-    loss_of.model.checkpointing = checkpointing
-    ids = torch.randint(300, (rows, S))
-    own, kept = {p.untyped_storage()._cdata for p in loss_of.parameters()}, {}
-
-    def keep(x):
-        kept[x.untyped_storage()._cdata] = x
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = loss_of(ids.clamp(min=44), ids)
-    real = sum(x.untyped_storage().nbytes() for i, x in kept.items() if i not in own)
-    flops, planned = sft.language_model_pass(c, torch.float32, rows, S, checkpointing)
-    if checkpointing:                                                                # a block's own are kept while it is done again
-        block = sft.language_model_pass(c, torch.float32, rows, S, False)[1]
-        assert real < planned < block
-    else:
-        assert planned == pytest.approx(real, rel=0.03)
-    matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160) + 256 * 64
-    assert flops == pytest.approx(rows * 64 * (2 * matrices + 4 * 3 * 64 * 64))
-    loss.sum().backward()
-
-
-def test_plans_of_all_stages(capsys):
-    for stage, preset in ((ddt, "tiny"), (ddt, "small"), (sft, "small"), (grpo, "tiny"), (grpo, "small")):
-        stage.main(["--preset", preset, "--plan", "--world", "2"])
-        out = capsys.readouterr().out
-        assert f"{preset}, 2 ranks" in out and "at the peak" in out and "A800-80GB" in out and "H200" in out
-
-
-def test_a_run_that_cannot_fit_is_refused(monkeypatch):
-    config = sft.Config(preset="small", hidden=1024, ffn=4096, layers=24, heads=16, batch=64, steps=10)
-    needed = sft.plan(config, 1).total
-    there = {"SC_PHYS_PAGES": 2 ** 21, "SC_PAGE_SIZE": 4096}                         # 8 GiB
-    monkeypatch.setattr(train.os, "sysconf", there.__getitem__)
-    with pytest.raises(train.Problem) as problem:
-        train.check_fits(sft.plan, config, ALONE)
-    assert all(text in str(problem.value) for text in (f"{needed / 2 ** 30:.1f} GiB", "are 8.0", "--plan", "--micro 8", "--checkpointing"))
-    train.check_fits(sft.plan, dataclasses.replace(config, micro=8, checkpointing=True), ALONE)
+def test_a_models_weights_are_one_file(tmp_path):
+    """The stages look for model.safetensors, however large a model is."""
+    llama = Llama(LlamaConfig(300, 256, 512, 2, 4, 4, 64, n_visual=256)).bfloat16()
+    llama.save(tmp_path / "sft")
+    names = {path.name for path in (tmp_path / "sft").glob("*.safetensors*")}
+    assert names == {"model.safetensors"}
