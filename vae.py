@@ -24,7 +24,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as nnf
@@ -455,8 +454,8 @@ def millions(model: nn.Module) -> str:
 # ------------------------------------------------------------------ the stage
 
 
-def reconstruction(vae: VAE) -> Callable[[Tensor], Tensor]:
-    """Frames (B, F, 3, H, W) in [0, 1] -> encoded and decoded: a predictor for evaluate.py."""
+def reconstruction(vae: VAE) -> evaluate.Predictor:
+    """A predictor for evaluate.py: frames (B, F, 3, H, W) in [0, 1] -> encoded and decoded."""
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
         decoded = []
