@@ -1,18 +1,18 @@
 """
-Stage 3, SFT: a Llama learns to predict the tokens of clips.
+Stage 3, SFT: a Llama learns to predict the next token of clips.
 
-    frames -> codes (ddt.py) -> BOS + 32 K ids -> Llama -> next-token cross-entropy
+    frames -> codes (F, K) (ddt.py) -> BOS and F x K ids -> Llama -> next-token cross-entropy
 
-At inference it is given the codes of the first 3 frames and generates the codes of the other 29.
+At inference it is given the codes of the first 3 frames and generates those of the other 29.
 
 Source: Phys-AR section 3.3 and Table 3.
 
 Choices where the paper is silent (measured: docs/RESULTS.md)
 1. The softmax is over the 256 visual codes only: at inference text tokens are masked anyway.
 2. The codes of a frame are in the order of their time steps, V_1 first.
-3. Clips are tokenized once, before training: 32 K bytes each.
-4. Against exposure bias, inputs are corrupted in training: a code after the given frames becomes
-   one of its three nearest, and one in ten any code. Targets stay clean.
+3. Clips are tokenized once, before training, and kept in a file.
+4. Against exposure bias, inputs are corrupted in training: after the given frames, one code in ten
+   is replaced by a random one, the others by one of their three nearest. Targets stay clean.
 5. In a new model the embeddings of near codes start alike (`init_code_embeddings`).
 6. Evaluation is by greedy decoding.
 
@@ -28,7 +28,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -60,8 +59,8 @@ class Config:
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
     clips: int = 6000           # training clips per motion
     tokenizer: str = "ddt"      # ddt, or vqgan (experiments/vqgan.py)
-    corrupt: float = 0.1        # share of the input codes that are replaced by random ones
-    near: int = 3               # other input codes become one of this many nearest; 1: unchanged
+    corrupt: float = 0.1        # share of the input codes that are replaced by random codes
+    near: int = 3               # any other input code becomes one of so many nearest; 1: unchanged
     # model
     llm: str = ""               # folder of weights to start from (empty: a new model of this size)
     hidden: int = 128           # width, D
@@ -104,11 +103,12 @@ EXPECTED = {"tiny": "7 to 14 minutes on 2 CPU cores.", "small": "Not run to its 
 @torch.no_grad()
 def tokenize(tokenizer: DDT, clips: sim.Clips) -> Tensor:
     """Clips -> codes (B, F, K), uint8, rendered and encoded on the tokenizer's device."""
-    device, size = tokenizer.quantizer.codebook.device, tokenizer.config.size
-    codes, b = [], frames_per_call(device) // FRAMES
+    device = tokenizer.quantizer.codebook.device
+    b = frames_per_call(device) // FRAMES                   # clips per call of the encoder
+    codes = []
     for i in range(0, len(clips), b):
         part = clips[i:i + b].to(device)
-        frames = sim.render(part.position, part.radius, size)                   # (b, F, 3, H, W)
+        frames = sim.render(part.position, part.radius, tokenizer.config.size)  # (b, F, 3, H, W)
         codes.append(tokenizer.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]))
     return torch.cat(codes).to("cpu", torch.uint8)
 
@@ -122,17 +122,17 @@ def sequence(model: Llama, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(tokenizer: DDT, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """codes (B, F, K) -> frames (B, F, 3, H, W) in [0, 1], one call of the decoder each."""
+    """codes (B, F, K) -> frames (B, F, 3, H, W) in [0, 1], from the generator's noise."""
     calls = codes.flatten(0, 1).split(frames_per_call(codes.device))
     frames = torch.cat([tokenizer.decode(x, generator=generator) for x in calls])
     return frames.unflatten(0, codes.shape[:2])
 
 
 def predictor(model: Llama, tokenizer: DDT, seed: int = 0, top_k: int = 1,
-              top_p: float = 1.0) -> Callable[[Tensor], Tensor]:
+              top_p: float = 1.0) -> evaluate.Predictor:
     """
-    The model as evaluate.evaluate wants it: the first frames (B, 3, 3, H, W) -> whole clips
-    (B, 32, 3, H, W). top_k = 1 is greedy decoding.
+    A predictor for evaluate.py: first frames (B, 3, 3, H, W) -> clips (B, 32, 3, H, W). With
+    top_k = 1 (greedy decoding) the seed decides on the decoder's noise alone.
     """
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
@@ -141,8 +141,10 @@ def predictor(model: Llama, tokenizer: DDT, seed: int = 0, top_k: int = 1,
         given = tokenizer.encode(frames.flatten(0, 1)).view(B, CONDITION, K)
         prompt = sequence(model, given)                                         # (B, 1 + 3 K)
         T = (FRAMES - CONDITION) * K
-        codes, _ = generate(model, prompt, T, 1, top_k, top_p, generator)       # (B, 1, T)
-        return torch.cat([frames, decode(tokenizer, codes.view(B, -1, K), generator)], 1)
+        codes, _ = generate(model, prompt, max_new_tokens=T, group=1, top_k=top_k, top_p=top_p,
+                            generator=generator)                                # (B, 1, T)
+        predicted = decode(tokenizer, codes.view(B, -1, K), generator)          # (B, 29, 3, H, W)
+        return torch.cat([frames, predicted], 1)
     return predict
 
 
@@ -150,38 +152,40 @@ def predictor(model: Llama, tokenizer: DDT, seed: int = 0, top_k: int = 1,
 
 
 def nearest_codes(codebook: Tensor, n: int) -> Tensor:
-    """codebook (V, dim), unit vectors -> the n nearest codes of each (V, n), itself the first."""
+    """codebook (V, dim) of unit vectors -> for each code, the n nearest (V, n), first itself."""
     codebook = codebook.double().cpu()
-    cosine = (codebook @ codebook.T).fill_diagonal_(2)      # itself first, also among equal codes
+    cosine = codebook @ codebook.T                                              # (V, V)
+    cosine.fill_diagonal_(2)                                # itself first, even if another is equal
     return cosine.topk(n).indices
 
 
 def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float,
                    generator: torch.Generator) -> Tensor:
     """
-    Against exposure bias: in generation the model is given its own mistakes, thus in training its
-    inputs hold some. codes (B, F, K): those of the given frames stay as they are; the others become
-    one of their nearest codes, near (V, n), and a share `corrupt` of them any code.
+    Against exposure bias: when it generates, the model is given its own mistakes; thus its inputs
+    in training hold mistakes, too. codes (B, F, K) -> inputs (B, F, K). A share `corrupt` becomes
+    any code, the rest one of their nearest, near (V, n). The first 3 frames stay as they are.
     """
     V, n = near.shape
-    nearby = near[codes, torch.randint(n, codes.shape, generator=generator)]
-    replace = torch.rand(codes.shape, generator=generator) < corrupt
-    anything = torch.randint(V, codes.shape, generator=generator)
-    corrupted = torch.where(replace, anything, nearby)
+    nearby = near[codes, torch.randint(n, codes.shape, generator=generator)]    # (B, F, K)
+    is_random = torch.rand(codes.shape, generator=generator) < corrupt
+    random = torch.randint(V, codes.shape, generator=generator)
+    corrupted = torch.where(is_random, random, nearby)
     return torch.cat([codes[:, :CONDITION], corrupted[:, CONDITION:]], 1)
 
 
 @torch.no_grad()
 def init_code_embeddings(model: Llama, codebook: Tensor, frequency: float = 5.0) -> None:
     """
-    The embedding and head rows of the codes start as random Fourier features (Rahimi and Recht
-    2007) of the codebook (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), s from 1 to
-    `frequency` over the channels, as large as the rows they replace. Near codes start alike, and
-    what is learnt of one holds for its neighbours.
+    Near codes start alike: what is learnt of one holds for its neighbours, too. Their rows in the
+    embedding and in the head become random Fourier features (Rahimi and Recht 2007) of the codebook
+    (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), where s grows from 1 to `frequency`
+    over the D channels. The rows keep their standard deviation.
     """
-    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):      # (1 + V, D)
-        D, rows = weight.shape[1], weight[model.first_code:]
-        w = torch.randn(codebook.shape[1], D) * torch.logspace(0, math.log10(frequency), D)
+    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+        D, rows = weight.shape[1], weight[model.first_code:]                    # (V, D)
+        s = torch.logspace(0, math.log10(frequency), D)
+        w = torch.randn(codebook.shape[1], D) * s                               # (dim, D)
         b = 2 * math.pi * torch.rand(D)
         features = math.sqrt(2) * torch.cos(codebook.cpu() @ w + b)             # (V, D), variance 1
         rows.copy_(rows.std() * features.to(rows.device))
@@ -189,8 +193,8 @@ def init_code_embeddings(model: Llama, codebook: Tensor, frequency: float = 5.0)
 
 class NextToken(nn.Module):
     """
-    Teacher forcing: cross-entropy of every target given the inputs before it.
-    targets, inputs: ids (B, S) -> nats per token, mean over each clip (B,).
+    The loss, with teacher forcing: the cross-entropy of every target given the inputs before it.
+    targets and inputs, ids (B, S) -> mean over the tokens of each clip (B,), in nats.
     """
 
     def __init__(self, model: Llama):
@@ -209,81 +213,85 @@ class NextToken(nn.Module):
 
 
 def training_codes(config: Config, tokenizer: DDT, path: Path, world: train.World) -> np.ndarray:
-    """Codes (n, F, K) of the training clips, uint8, made once and kept in a file."""
-    motions, K = train.scenarios(config.scenario), tokenizer.config.queries
-    clips = [sim.first_frames(name, "pretrain", config.clips, config.seed) for name in motions]
-    n = config.clips
-    chunks = [slice(i * n + start, i * n + min(start + sim.SCENES, n))          # of one motion each
-              for i in range(len(motions)) for start in range(0, n, sim.SCENES)]
+    """Codes (clips, F, K) of the training clips, uint8, made once and kept in the file `path`."""
+    parts, n = {}, 0                            # row of its first clip -> clips simulated together
+    for motion in train.scenarios(config.scenario):
+        clips = sim.first_frames(motion, "pretrain", config.clips, config.seed)
+        for i in range(0, config.clips, sim.SCENES):
+            parts[n + i] = clips[i:i + sim.SCENES]
+        n += config.clips
+    chunks = [slice(start, start + len(part)) for start, part in parts.items()]
 
     def codes_of(chunk: slice) -> np.ndarray:
-        motion = chunk.start // n
-        part = clips[motion][chunk.start - motion * n:chunk.stop - motion * n]
-        return tokenize(tokenizer, sim.play(part)).numpy()                      # (b, F, K)
+        clips = sim.play(parts[chunk.start])
+        return tokenize(tokenizer, clips).numpy()                               # (b, F, K)
 
-    stamp = json.dumps({"scenario": config.scenario, "clips": n, "seed": config.seed,
+    stamp = json.dumps({"scenario": config.scenario, "clips": config.clips, "seed": config.seed,
                         "codebook": tokenizer.quantizer.codebook.double().sum().item()})
-    shape = (len(motions) * n, FRAMES, K)
+    shape = (n, FRAMES, tokenizer.config.queries)
     return checkpoint.cached_array(path, stamp, shape, chunks, codes_of, world)
 
 
 def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
-    """The model of --llm, its vocabulary extended by the codes; or a new one."""
-    S, V = 1 + FRAMES * tokenizer.config.queries, len(tokenizer.quantizer.codebook)
-    dtype = getattr(torch, config.dtype)
+    """The model of --llm, its vocabulary extended by V codes; without --llm, a new one."""
+    codebook, dtype = tokenizer.quantizer.codebook, getattr(torch, config.dtype)
+    S, V = 1 + FRAMES * tokenizer.config.queries, len(codebook)
     if not config.llm:
         model = Llama(new_shape(config, S, V)).to(world.device, dtype)
-        init_code_embeddings(model, tokenizer.quantizer.codebook)
+        init_code_embeddings(model, codebook)
         return model
     try:
         model = Llama.load(config.llm, dtype, world.device, n_visual=V)
     except ValueError as error:
         raise UserError(f"--llm {config.llm}: {error}") from None
-    c = model.config
-    check(c.bos_token_id is not None, f"--llm {config.llm}: its config.json names no bos_token_id, "
-          "with which every clip begins")
-    check(S <= c.max_position_embeddings, f"--llm {config.llm}: a clip has {S} tokens, this "
-          f"model's context {c.max_position_embeddings}")
+    context = model.config.max_position_embeddings
+    check(S <= context, f"--llm {config.llm}: a clip has {S} tokens, this model's context "
+          f"{context}")
+    check(model.config.bos_token_id is not None, f"--llm {config.llm}: its config.json names no "
+          "bos_token_id, with which every clip begins")
     return model
 
 
 def new_shape(config: Config, S: int, V: int) -> LlamaConfig:
-    """A new model: BOS and V codes, with room for S tokens."""
-    return LlamaConfig(1 + V, config.hidden, config.ffn, config.layers, config.heads,
-                       config.kv_heads, config.hidden // config.heads, max_position_embeddings=S,
-                       n_visual=V)
+    """A new model, for BOS and V codes (no text), with a context of S tokens."""
+    return LlamaConfig(
+        vocab_size=1 + V, hidden_size=config.hidden, intermediate_size=config.ffn,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads, head_dim=config.hidden // config.heads,
+        max_position_embeddings=S, n_visual=V)
 
 
 def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
-    sources = tokenizer_file(config)
-    folder = checkpoint.start_stage(Path(config.out, "sft"), config, world, **sources)
+    folder = checkpoint.start_stage(Path(config.out, "sft"), config, world,
+                                    **tokenizer_file(config))
     torch.manual_seed(config.seed)
     model = starting_model(config, tokenizer, world)
     model.checkpointing = config.checkpointing
-    codes = training_codes(config, tokenizer, folder / "codes.npy", world)      # (n, F, K)
+    codes = training_codes(config, tokenizer, folder / "codes.npy", world)      # (clips, F, K)
     near = nearest_codes(tokenizer.quantizer.codebook, config.near)             # (V, near)
-    B, n = config.batch, world.accumulation_steps(config.batch, config.micro_batch)
+    B = config.batch
     world.print0(f"SFT: {millions(model)} parameters, {config.steps} steps of {B} clips of "
                  f"{1 + FRAMES * tokenizer.config.queries} tokens, {len(codes)} clips")
     loss_of = train.distribute(NextToken(model), world)
+    n = world.accumulation_steps(B, config.micro_batch)
 
     with train.Run(folder, model, config, world) as run:
         for step in run:
-            index = train.batch_indices(config.seed, step, B, len(codes))
+            index = train.batch_indices(config.seed, step, B, len(codes))       # (B,)
             targets = torch.from_numpy(codes[index.numpy()]).long()             # (B, F, K)
             generator = train.generator(config.seed, step)
             inputs = corrupt_inputs(targets, near, config.corrupt, generator)   # (B, F, K)
-            targets, inputs = (world.shard(sequence(model, x)).to(world.device)
-                               for x in (targets, inputs))                      # (b, S) each
+            targets = world.shard(sequence(model, targets)).to(world.device)    # (b, S)
+            inputs = world.shard(sequence(model, inputs)).to(world.device)      # (b, S)
 
             total = 0.0
             micro_batches = zip(targets.tensor_split(n), inputs.tensor_split(n))
             for micro_batch in run.accumulate(micro_batches, loss_of):
                 loss = loss_of(*micro_batch).sum() / B
-                (loss * world.size).backward()              # DDP averages over ranks; this: the sum
+                (loss * world.size).backward()              # times ranks: a sum, not DDP's average
                 total += loss.detach()
-            run.step(total)
+            run.step(total)             # clip the gradient norm, AdamW, zero_grad; and the log
 
     if world.is_main:
         evaluate.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
@@ -295,21 +303,21 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
 
 
 def load_tokenizer(config, world: train.World) -> DDT:
-    """The tokenizer of <out>, trained first if missing. A VQGAN has DDT's encode and decode."""
-    known = config.tokenizer in ("ddt", "vqgan")
-    check(known, f"--tokenizer {config.tokenizer}: choose ddt or vqgan")
+    """The tokenizer of <out>, trained first if missing: a DDT, or a VQGAN with its methods."""
     if config.tokenizer == "ddt":
         return ddt.ensure(config, world)
+    check(config.tokenizer == "vqgan", f"--tokenizer {config.tokenizer}: choose ddt or vqgan")
     import experiments.vqgan                                # only the comparison needs it
     return experiments.vqgan.ensure(config, world)
 
 
 def tokenizer_file(config) -> dict[str, Path]:
+    """Name and weights of the tokenizer, for the checks that a model belongs to its codes."""
     return {config.tokenizer: Path(config.out, config.tokenizer, "model.safetensors")}
 
 
 def load(folder: Path, **sources: Path) -> Llama:
-    """Loads a model. UserError if it was trained on other weights than `sources`."""
+    """A trained model. UserError if it was trained from other weights (name=path) than these."""
     checkpoint.check_provenance(Path(folder), **sources)
     try:
         return Llama.load(folder).eval()
@@ -324,15 +332,7 @@ def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         sft_config = train.stage_config("sft", Config, PRESETS, config, tokenizer=config.tokenizer)
         return run_stage(sft_config, tokenizer, world)
-    model = load(folder, **tokenizer_file(config)).to(world.device)
-    report(config, tokenizer, model, world)
-    return model
-
-
-def report(config, tokenizer: DDT, model: Llama, world: train.World) -> Path:
-    """The model's row of the result table; what is there already is not done again."""
-    predictors = {"SFT": predictor(model, tokenizer)}
-    return evaluate.add_rows(config, predictors, tokenizer.config.size, world)
+    return load(folder, **tokenizer_file(config)).to(world.device)
 
 
 def check_config(c: Config) -> None:
@@ -343,15 +343,15 @@ def check_config(c: Config) -> None:
     check(c.near <= 256, f"--near {c.near}: between 1 and the 256 codes there are")
     check(c.hidden % (2 * c.heads) == 0 and c.heads % c.kv_heads == 0, f"--hidden {c.hidden} must "
           f"be a multiple of twice --heads {c.heads}, and that of --kv_heads {c.kv_heads}")
-    if c.llm:                       # a folder that cannot be read is known before an hour of tokens
+    if c.llm:                               # a wrong folder is reported now, not after tokenizing
         try:
             read_config(c.llm)
         except ValueError as error:
             raise UserError(f"--llm {c.llm}: {error}") from None
-    out = Path(c.out)
-    check(c.llm or c.preset != "paper" or (out / "sft" / "model.safetensors").exists(),
-          f"{out / 'sft'} is missing, and the paper's model starts from Llama-3.1-8B: make it with "
-          f"`python sft.py --preset paper --out {out} --llm DIR`, DIR that model's folder")
+    folder = Path(c.out, "sft")
+    check(c.llm or c.preset != "paper" or (folder / "model.safetensors").exists(),
+          f"{folder} is missing, and the paper's model starts from Llama-3.1-8B: make it with "
+          f"`python sft.py --preset paper --out {c.out} --llm DIR`, DIR that model's folder")
 
 
 def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
@@ -362,7 +362,9 @@ def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
         model = load(folder, **tokenizer_file(config)).to(world.device)
     else:
         model = train_sft(config, tokenizer, world)
-    world.print0(evaluate.table(report(config, tokenizer, model, world)))
+    predictors = {"SFT": predictor(model, tokenizer)}
+    results = evaluate.add_rows(config, predictors, tokenizer.config.size, world)
+    world.print0(evaluate.table(results))
     return model
 
 

@@ -1,17 +1,17 @@
 """
-Stage 1, VAE: a convolutional autoencoder that shrinks a frame to a small latent.
+Stage 1, VAE: a convolutional variational autoencoder, trained on single frames.
 
-    frame (3, H, W) -> encoder -> mean, log variance (C, h, w) -> latent -> decoder -> frame
+    frame (3, H, W) -> encoder -> mean, log variance -> latent (C, h, w) -> decoder -> frame
 
 The architecture is diffusers' AutoencoderKL, parameter names and config.json included: the VAE
 folders of Stable Diffusion 1 and 3 load as they are. Source of the method: Rombach et al. 2022,
 https://arxiv.org/abs/2112.10752. Phys-AR uses a frozen pre-trained VAE (section 3.2, appendix A.1).
 
 Differences from the paper
-1. `tiny` and `small` train their own small VAE. A trained one is taken with `ddt.py --vae DIR`.
+1. This file trains a small VAE, from nothing. A pre-trained one is used with `ddt.py --vae DIR`.
 2. The loss is squared error + KL: a disc on white needs no perceptual or adversarial loss.
-3. The small VAE also sees the sizes and speeds of the `ood` splits (other clips than are
-   evaluated), as a VAE that was pre-trained on all kinds of pictures has: docs/RESULTS.md.
+3. It is also trained on the sizes and speeds of `ood` (in other clips than those of the
+   evaluation), since a VAE pre-trained on all kinds of pictures knows them: docs/RESULTS.md.
 
     python vae.py                       # trains <out>/vae; any field of Config is a flag
     python vae.py --preset small --help
@@ -22,10 +22,8 @@ Axes: B batch, C channels, H W pixels, h w cells of the latent.
 """
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as nnf
@@ -51,11 +49,11 @@ class Config:
     save_every: int = 200       # steps between two checkpoints
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
-    clips: int = 6000           # training clips (of 32 frames) per motion and split
+    clips: int = 6000           # training clips (of 32 frames) per motion, as many again of `ood`
     size: int = 32              # pixels per side of a frame
     # model
     width: int = 16             # channels of the first level; the others have twice as many
-    levels: int = 3             # resolutions: 3 shrink a frame 4 times, 4 shrink it 8 times
+    levels: int = 3             # resolutions, each half the one before: 3 make a latent of size / 4
     latent: int = 4             # channels of the latent
     # optimization
     steps: int = 400            # optimizer steps
@@ -78,7 +76,7 @@ PRESETS = {
                   batch=128, lr=1e-3, warmup=333, eval_clips=64),
 }
 EXPECTED = {"tiny": "1 to 3 minutes on 2 CPU cores.", "small": "Not run to its end yet."}
-KL_WEIGHT = 1e-6               # of the KL divergence beside the squared error per channel and pixel
+KL_WEIGHT = 1e-6                # of the KL (a sum per frame) beside the squared error (a mean)
 
 # ------------------------------------------------------------------ model
 
@@ -99,7 +97,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head over all cells of the smallest resolution."""
+    """Self-attention among all cells of the smallest resolution, with one head."""
 
     def __init__(self, c: int, groups: int):
         super().__init__()
@@ -113,7 +111,7 @@ class AttentionBlock(nn.Module):
         h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
         h = nnf.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         h = self.to_out[0](h)
-        return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])     # (B, C, H, W)
 
 
 class Downsample(nn.Module):
@@ -121,8 +119,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(nnf.pad(x, (0, 1, 0, 1)))          # pads right and bottom only
+    def forward(self, x: Tensor) -> Tensor:                 # (B, C, H, W)
+        x = nnf.pad(x, (0, 1, 0, 1))                        # right and bottom only
+        return self.conv(x)                                 # (B, C, H / 2, W / 2)
 
 
 class Upsample(nn.Module):
@@ -130,12 +129,13 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(nnf.interpolate(x, scale_factor=2.0))      # nearest neighbour
+    def forward(self, x: Tensor) -> Tensor:                 # (B, C, H, W)
+        x = nnf.interpolate(x, scale_factor=2.0)            # nearest neighbour
+        return self.conv(x)                                 # (B, C, 2 H, 2 W)
 
 
 class DownBlock(nn.Module):
-    """Residual blocks at one resolution, then half of it (but at the last level)."""
+    """Residual blocks at one level, then half the resolution, except after the last level."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__()
@@ -150,7 +150,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks at one resolution, then twice of it (but at the last level)."""
+    """Residual blocks at one level, then twice the resolution, except after the last level."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__()
@@ -177,7 +177,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> (B, out, h, w). channels: of each level, the largest image first."""
+    """Images (B, 3, H, W) -> (B, out, h, w). channels: per level, the largest resolution first."""
 
     def __init__(self, channels: list[int], blocks: int, out: int, groups: int):
         super().__init__()
@@ -199,7 +199,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) -> images (B, 3, H, W). channels: as the encoder's."""
+    """Latents (B, C, h, w) -> images (B, 3, H, W). channels: in the encoder's order."""
 
     def __init__(self, channels: list[int], blocks: int, latent: int, groups: int):
         super().__init__()
@@ -222,15 +222,15 @@ class Decoder(nn.Module):
 
 class VAE(nn.Module):
     """
-    AutoencoderKL. `encode` gives the posterior's mean as a latent of about zero mean and unit
-    variance, (z - shift) * scale; `decode` is its inverse; `forward` is the pass of training.
+    diffusers' AutoencoderKL. Other stages use `encode` and `decode`: a latent is the posterior's
+    mean, shifted and scaled to about zero mean and unit variance. `forward` is for training.
     """
 
     def __init__(self, block_out_channels: list[int], latent_channels: int,
                  layers_per_block: int = 1, norm_num_groups: int = 32, use_quant_conv: bool = True,
                  use_post_quant_conv: bool = True, scaling_factor: float = 1.0,
                  shift_factor: float | None = 0.0, **others):
-        """Named as in diffusers' config.json; `others`, its further fields, are kept for `save`."""
+        """The fields of diffusers' config.json. `others`, not used here, are kept for `save`."""
         super().__init__()
         self.config = {
             "block_out_channels": block_out_channels, "latent_channels": latent_channels,
@@ -252,7 +252,7 @@ class VAE(nn.Module):
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W) in [-1, 1] -> mean and log variance (B, C, h, w) each, unscaled."""
+        """images (B, 3, H, W) in [-1, 1] -> the posterior's mean, log variance (B, C, h, w)."""
         h = self.encoder(images)
         if self.config["use_quant_conv"]:
             h = self.quant_conv(h)
@@ -260,21 +260,22 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) in about [-1, 1]."""
+        """z (B, C, h, w), as `moments` gives it -> images (B, 3, H, W) in about [-1, 1]."""
         if self.config["use_post_quant_conv"]:
             z = self.post_quant_conv(z)
         return self.decoder(z)
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (B, 3, H, W), noise (B, C, h, w) -> reconstruction; mean and log variance."""
+        """images (B, 3, H, W), noise (B, C, h, w) -> reconstructed images, mean, log variance."""
         mean, logvar = self.moments(images)
-        z = mean + (logvar / 2).exp() * noise
+        z = mean + (logvar / 2).exp() * noise               # a sample of the posterior
         return self.reconstruct(z), mean, logvar
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), shifted and scaled."""
         shift, scale = self.config["shift_factor"] or 0, self.config["scaling_factor"]
-        return (self.moments(images)[0] - shift) * scale
+        mean, _ = self.moments(images)
+        return (mean - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """The inverse: latents (B, C, h, w) -> images (B, 3, H, W) in about [-1, 1]."""
@@ -287,17 +288,18 @@ class VAE(nn.Module):
     @classmethod
     def load(cls, folder) -> "VAE":
         """
-        A folder in diffusers' layout, in fp32 whatever its files hold. Raises UserError for what is
-        missing, damaged, not finite or does not fit.
+        The VAE of a folder in diffusers' layout, in fp32 whatever the type of its tensors. Raises
+        UserError for what is missing, damaged, not finite or does not fit.
         """
         return load_vae(folder)
 
 
-# ------------------------------------------------------------------ folders
+# ------------------------------------------------------------------ folders in diffusers' layout
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# in files of before 2023
+# names of the attention's tensors in files from before 2023 -> those of today
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# fields of config.json that have one supported value; a missing one is taken to have it
 SUPPORTED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
              "down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D",
              "mid_block_add_attention": True}
@@ -306,31 +308,29 @@ SUPPORTED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3,
 def load_vae(folder) -> VAE:
     config, tensors = load_folder(folder, WEIGHTS)
     path = f"{folder}/config.json"
-    config.setdefault("scaling_factor", 0.18215)            # SD1's: its first files do not name it
-    for key, ours in SUPPORTED.items():
-        value = config.get(key, ours)
-        values = value if isinstance(value, list) and value else [value]
-        check(all(v == ours for v in values), f"{path}: {key} is {value}; only an AutoencoderKL "
-              f"with {ours} can be read")
-    scale, shift = config["scaling_factor"], config.get("shift_factor") or 0
+    for key, supported in SUPPORTED.items():
+        value = config.get(key, supported)
+        values = value if isinstance(value, list) and value else [value]    # one per level
+        check(all(v == supported for v in values), f"{path}: {key} is {value}; only an "
+              f"AutoencoderKL with {supported} can be read")
+    scale = config.setdefault("scaling_factor", 0.18215)    # SD1's, which its first files leave out
+    shift = config.get("shift_factor") or 0
     numbers = isinstance(scale, (int, float)) and isinstance(shift, (int, float))
     check(numbers and 0 < scale < math.inf and math.isfinite(shift), f"{path}: scaling_factor "
           f"{scale!r} and shift_factor {shift!r} must be numbers, the first of them above 0")
-
-    def renamed(name: str) -> str:
-        old = r"(attentions\.0\.)(query|key|value|proj_attn)\b"
-        return re.sub(old, lambda m: m[1] + OLD_NAMES[m[2]], name)
-    tensors = {renamed(name): x for name, x in tensors.items()}
     try:
         vae = VAE(**config)
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path} is not that of an AutoencoderKL ({error})") from None
+    for old, new in OLD_NAMES.items():
+        tensors = {name.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): x
+                   for name, x in tensors.items()}
     checkpoint.load_state(vae, tensors, Path(folder))
     return vae.eval().requires_grad_(False)
 
 
 def save_folder(folder, config: dict, model: nn.Module, weights: str) -> None:
-    """config.json, then the weights, which hold it too: a folder with weights is whole."""
+    """Writes config.json and then the weights: where weights are, nothing is missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
     with checkpoint.replacing(Path(folder, "config.json")) as part:
@@ -340,7 +340,7 @@ def save_folder(folder, config: dict, model: nn.Module, weights: str) -> None:
 
 
 def load_folder(folder, weights: str) -> tuple[dict, dict[str, Tensor]]:
-    """-> config, tensors. Raises UserError for what is missing or damaged."""
+    """What `save_folder` wrote -> config, tensors. UserError for what is missing or damaged."""
     path = Path(folder, "config.json")
     check(path.exists(), f"cannot read {path} (no such file): is {folder} the right folder?")
     config = checkpoint.read_json(path, f"is {folder} the right folder?")
@@ -352,38 +352,37 @@ def load_folder(folder, weights: str) -> tuple[dict, dict[str, Tensor]]:
 
 class Frames:
     """
-    Single frames of clips, rendered when asked for, from the closed form (at most 0.006 off the
-    simulation). Index i is frame i % 32 of clip i // 32; config.clips per motion and split.
+    The data of vae.py and ddt.py: all frames of config.clips clips per motion and split, rendered
+    when asked for. Index i is frame i % 32 of clip i // 32. The positions are of the closed form,
+    which needs no simulation and differs from it by at most 0.006 world units.
     """
 
     def __init__(self, config, device, splits: tuple[str, ...] = ("pretrain",)):
-        self.size, self.device = config.size, device
-        self.clips = [sim.first_frames(scenario, split, config.clips, config.seed)
+        self.size, self.device, self.n = config.size, device, config.clips
+        self.clips = [sim.first_frames(scenario, split, self.n, config.seed)
                       for scenario in train.scenarios(config.scenario) for split in splits]
 
     def __len__(self) -> int:
-        return sim.FRAMES * sum(len(clips) for clips in self.clips)
+        return len(self.clips) * self.n * sim.FRAMES
 
     def __getitem__(self, index: Tensor) -> Tensor:         # (B,) -> (B, 3, H, W) in [0, 1]
-        frames = torch.empty(len(index), 3, self.size, self.size, device=self.device)
-        first = 0
-        for clips in self.clips:
-            n = len(clips) * sim.FRAMES
-            rows = ((index >= first) & (index < first + n)).nonzero()[:, 0]
-            clip, frame = (index[rows] - first) // sim.FRAMES, (index[rows] - first) % sim.FRAMES
-            first += n
+        images = torch.empty(len(index), 3, self.size, self.size, device=self.device)
+        clip, frame = index // sim.FRAMES, index % sim.FRAMES
+        for i, clips in enumerate(self.clips):              # of one motion and split
+            rows = (clip // self.n == i).nonzero()[:, 0]
             if len(rows):
-                drawn = clips[clip].to(self.device)
-                position = sim.closed_form(drawn)           # (b, 32, N, 2)
-                position = position[torch.arange(len(rows)), frame, None]       # (b, 1, N, 2)
-                frames[rows] = sim.render(position, drawn.radius, self.size)[:, 0]
-        return frames
+                chosen = clips[clip[rows] % self.n].to(self.device)
+                positions = sim.closed_form(chosen)         # (b, 32, N, 2)
+                position = positions[torch.arange(len(rows)), frame[rows]]      # (b, N, 2)
+                rendered = sim.render(position[:, None], chosen.radius, self.size)
+                images[rows] = rendered[:, 0]
+        return images
 
 
 def frames_per_call(device) -> int:
     """
-    Frames to encode or decode in one call when there are thousands. On the CPU as many as its cache
-    holds (2.7 times faster than 512); on a GPU as many as SD3's VAE has room for in 6 GiB.
+    Frames per call where thousands are encoded or decoded: on the CPU as many as its cache holds
+    (2.7 times faster than 512), on a GPU as many as SD3's VAE encodes in 6 GiB.
     """
     return 64 if torch.device(device).type == "cpu" else 128
 
@@ -392,17 +391,18 @@ def frames_per_call(device) -> int:
 
 
 def small_vae(config: Config) -> VAE:
-    """The untrained AutoencoderKL that a config describes."""
-    return VAE([config.width] + [2 * config.width] * (config.levels - 1), config.latent,
-               layers_per_block=1, norm_num_groups=8, use_quant_conv=False,
-               use_post_quant_conv=False, _class_name="AutoencoderKL", in_channels=3,
-               out_channels=3, act_fn="silu", sample_size=config.size,
-               down_block_types=["DownEncoderBlock2D"] * config.levels,
-               up_block_types=["UpDecoderBlock2D"] * config.levels)
+    """The untrained VAE that a config describes."""
+    channels = [config.width] + [2 * config.width] * (config.levels - 1)
+    for_diffusers = dict(                                   # not used here
+        _class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu",
+        sample_size=config.size, down_block_types=["DownEncoderBlock2D"] * config.levels,
+        up_block_types=["UpDecoderBlock2D"] * config.levels)
+    return VAE(channels, config.latent, layers_per_block=1, norm_num_groups=8,
+               use_quant_conv=False, use_post_quant_conv=False, **for_diffusers)
 
 
 def train_vae(config: Config, world: train.World) -> VAE:
-    """Trains a small AutoencoderKL on single frames and saves it in <out>/vae."""
+    """Trains a small VAE on single frames and saves it in <out>/vae."""
     folder = checkpoint.start_stage(Path(config.out, "vae"), config, world)
     torch.manual_seed(config.seed)
     vae = small_vae(config).to(world.device)
@@ -410,35 +410,35 @@ def train_vae(config: Config, world: train.World) -> VAE:
     world.print0(f"VAE: {millions(vae)} parameters, {config.steps} steps of {B} frames")
     world.compile(vae.encoder, vae.decoder)
     model = train.distribute(vae, world)
-    side = config.size // vae.shrink
+    noise_shape = (B, config.latent, config.size // vae.shrink, config.size // vae.shrink)
     n = world.accumulation_steps(B, config.micro_batch)
 
     with train.Run(folder, vae, config, world, show=("mse",)) as run:
         for step in run:
-            batch = world.shard(train.batch_indices(config.seed, step, B, len(data)))
-            images = 2 * data[batch] - 1                    # (b, 3, H, W) in [-1, 1]
-            noise = torch.randn(B, config.latent, side, side,
-                                generator=train.generator(config.seed, step))
-            noise = world.shard(noise).to(world.device)     # (b, C, h, w)
+            index = world.shard(train.batch_indices(config.seed, step, B, len(data)))     # (b,)
+            images = 2 * data[index] - 1                                # (b, 3, H, W) in [-1, 1]
+            noise = torch.randn(noise_shape, generator=train.generator(config.seed, step))
+            noise = world.shard(noise).to(world.device)                 # (b, C, h, w)
 
             total, total_mse, total_kl = 0.0, 0.0, 0.0
             micro_batches = zip(images.tensor_split(n), noise.tensor_split(n))
             for x, eps in run.accumulate(micro_batches, model):
                 with world.autocast():
-                    reconstruction, mean, logvar = model(x, eps)
-                    mse = (reconstruction - x).square().mean((1, 2, 3))                       # (b,)
-                    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3))     # (b,)
+                    reconstructed, mean, logvar = model(x, eps)
+                    mse = (reconstructed - x).square().mean((1, 2, 3))                    # (b,)
+                    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)) # (b,)
                 loss = (mse + KL_WEIGHT * kl).sum() / B
-                (loss * world.size).backward()              # DDP averages over ranks; this: the sum
+                (loss * world.size).backward()              # times ranks: a sum, not DDP's average
                 total += loss.detach()
                 total_mse += mse.detach().sum()
                 total_kl += kl.detach().sum()
+            # clip the gradient norm, AdamW, zero_grad; and the log
             run.step(total, mse=world.all_reduce(total_mse) / B, kl=world.all_reduce(total_kl) / B)
 
-    # latents of zero mean and unit variance: the flow of ddt.py mixes them with unit noise
+    # latents of zero mean and unit variance, because the flow of ddt.py mixes them with unit noise
     with torch.no_grad():
-        sample = data[train.batch_indices(config.seed, 0, 512, len(data))]
-        mean = vae.moments(2 * sample - 1)[0]
+        frames = data[train.batch_indices(config.seed, 0, 512, len(data))]
+        mean, _ = vae.moments(2 * frames - 1)
     vae.config |= {"shift_factor": mean.mean().item(), "scaling_factor": 1 / mean.std().item()}
     if world.is_main:
         evaluate.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
@@ -447,34 +447,38 @@ def train_vae(config: Config, world: train.World) -> VAE:
 
 
 def millions(model: nn.Module) -> str:
+    """The number of parameters, as text."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M"
 
 
 # ------------------------------------------------------------------ the stage
 
 
-def reconstruction(vae: VAE) -> Callable[[Tensor], Tensor]:
-    """For evaluate.evaluate with shown = 32: frames (B, F, 3, H, W) in [0, 1] -> the same."""
+def reconstruction(vae: VAE) -> evaluate.Predictor:
+    """A predictor for evaluate.py: frames (B, F, 3, H, W) in [0, 1] -> encoded and decoded."""
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
-        parts = []
+        decoded = []
         for x in frames.flatten(0, 1).split(frames_per_call(frames.device)):
             images = vae.decode(vae.encode(2 * x - 1))
-            parts.append((images / 2 + 0.5).clamp(0, 1))
-        return torch.cat(parts).view_as(frames)
+            decoded.append((images / 2 + 0.5).clamp(0, 1))
+        return torch.cat(decoded).view_as(frames)
     return predict
 
 
 def report(config, vae: VAE, world: train.World) -> Path:
-    """Rows of the result table: the measurement's own floor, and what the VAE adds. Done once."""
+    """
+    Two rows of the result table, measured once: the true frames, which show the error of the
+    measurement itself, and their reconstructions.
+    """
     predictors = {"ground truth": lambda frames: frames, "VAE": reconstruction(vae)}
     return evaluate.add_rows(config, predictors, config.size, world, shown=sim.FRAMES)
 
 
 def ensure(config, world: train.World) -> VAE:
     """
-    The VAE of <out>, trained first if it is missing; one that another folder holds (config.vae) is
-    copied there. config: a later stage's. Raises UserError for one of other frames.
+    The VAE for a later stage with `config`: that of the folder --vae, or else of <out>/vae, trained
+    first if it is missing. UserError if it was trained on frames of another size or motion.
     """
     folder = Path(config.out, "vae")
     if getattr(config, "vae", ""):
@@ -485,31 +489,32 @@ def ensure(config, world: train.World) -> VAE:
               f"medium-diffusers (python ddt.py --preset paper --out {config.out} --vae DIR)")
         own = train.stage_config("vae", Config, PRESETS, config, size=config.size,
                                  clips=config.clips)
-        multiple = shrink_of(own) * config.patch
+        multiple = 2 ** (own.levels - 1) * config.patch     # known before the VAE is trained
         check(config.size % multiple == 0, f"--size {config.size}: must be a multiple of "
               f"{multiple}, by which the VAE and patches of {config.patch} divide it")
         world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
         return run_stage(own, world)
-    if then := checkpoint.read_json(folder / "trained.json", "train it again with vae.py --fresh"):
-        names, known = (train.scenarios(x) for x in (config.scenario, then["scenario"]))
-        check(then["size"] == config.size and set(names) <= set(known), f"{folder} was trained on "
-              f"{then['scenario']}, {then['size']} pixels; this asks for {config.scenario}, "
-              f"{config.size} pixels: choose another --out, or train it again with `python vae.py "
-              f"--fresh`")
+    trained = checkpoint.read_json(folder / "trained.json", "train it again with vae.py --fresh")
+    if trained:
+        size, known = trained["size"], trained["scenario"]
+        unknown = set(train.scenarios(config.scenario)) - set(train.scenarios(known))
+        check(size == config.size and not unknown, f"{folder} was trained on {known}, {size} "
+              f"pixels; this asks for {config.scenario}, {config.size} pixels: choose another "
+              "--out, or train it again with `python vae.py --fresh`")
     return VAE.load(folder).to(world.device)
 
 
 def adopt(folder: Path, source: str, world: train.World) -> VAE:
-    """The VAE of the folder `source`, copied to `folder` too: a run folder is whole."""
+    """The VAE of the folder `source`, copied to `folder`: a run folder holds all that it uses."""
     vae = VAE.load(source)
-    there = (folder / WEIGHTS).exists()
-    if there:
+    exists = (folder / WEIGHTS).exists()
+    if exists:
         ours, theirs = VAE.load(folder).state_dict(), vae.state_dict()
         same = [*ours] == [*theirs] and all(torch.equal(ours[k], x) for k, x in theirs.items())
         check(same, f"{folder} holds another VAE than --vae {source}: choose another --out, or "
               "delete that folder")
-    world.barrier()                     # every rank has looked before one writes
-    if world.is_main and not there:
+    world.barrier()                     # every rank has looked before rank 0 writes
+    if world.is_main and not exists:
         vae.save(folder)
         evaluate.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
     world.barrier()
@@ -525,15 +530,10 @@ def run_stage(config: Config, world: train.World) -> VAE:
     return train_vae(config, world)
 
 
-def shrink_of(config: Config) -> int:
-    """Pixels per side of a latent cell."""
-    return 2 ** (config.levels - 1)
-
-
 def check_config(config: Config) -> None:
     """UserError for flags that cannot work."""
     train.scenarios(config.scenario)
-    shrink = shrink_of(config)
+    shrink = 2 ** (config.levels - 1)
     check(config.size % shrink == 0, f"--size {config.size}: must be a multiple of {shrink}, by "
           f"which --levels {config.levels} shrink it")
     check(config.width % 8 == 0, f"--width {config.width}: must be a multiple of 8 (its norms have "
