@@ -276,6 +276,11 @@ def changed_fields(then: dict, config) -> dict[str, str]:
 # ------------------------------------------------------------------ a stage's folder
 
 
+def model_files(out: str, *stages: str) -> dict[str, Path]:
+    """Stage -> the weights that it has saved in the run folder `out`."""
+    return {stage: Path(out, stage, "model.safetensors") for stage in stages}
+
+
 def start_stage(folder: Path, config, world, **sources: Path) -> Path:
     """
     The folder that a stage trains in: made, freed of an old model with --fresh, and marked with the

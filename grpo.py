@@ -112,13 +112,15 @@ def advantages(score: Tensor) -> Tensor:
     Eq. 8: scores (P, G), or of every frame (P, G, F) -> the same shape, normalised in each group.
     NaN becomes 0: where the true ball has left the view, no frame of the group has a score.
     """
-    mean, std = score.mean(1, keepdim=True), score.std(1, keepdim=True)
+    mean = score.mean(1, keepdim=True)                      # (P, 1), or (P, 1, F)
+    std = score.std(1, keepdim=True)
     return ((score - mean) / (std + REWARD_NOISE)).nan_to_num()
 
 
 def kl_divergence(logits: Tensor, logits_ref: Tensor) -> Tensor:
     """Exact KL(pi || pi_ref) of two policies' logits (..., V), a sum over all codes -> (...)."""
-    log_pi, log_ref = logits.float().log_softmax(-1), logits_ref.float().log_softmax(-1)
+    log_pi = logits.float().log_softmax(-1)
+    log_ref = logits_ref.float().log_softmax(-1)
     return (log_pi.exp() * (log_pi - log_ref)).sum(-1)
 
 
@@ -253,13 +255,14 @@ def true_clips(reference: Llama, tokenizer: DDT, clips: sim.Clips) -> TrueClips:
 
 def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.World) -> Llama:
     """Trains a copy of the SFT model and saves it in <out>/grpo."""
-    folder = Path(config.out, "grpo")
-    checkpoint.start_stage(folder, config, world, **sources(config))
+    sources = checkpoint.model_files(config.out, config.tokenizer, "sft")
+    folder = checkpoint.start_stage(Path(config.out, "grpo"), config, world, **sources)
     policy = copy.deepcopy(reference).requires_grad_(True)
     policy.checkpointing = config.checkpointing
     policy_logits = train.distribute(CodeLogits(policy), world)
     T = (FRAMES - CONDITION) * tokenizer.config.queries
-    n_prompts, n_rollouts = config.prompts, config.prompts * config.group
+    n_prompts = config.prompts
+    n_rollouts = config.prompts * config.group
     world.print0(f"GRPO: {config.steps} steps of {n_prompts} prompts x {config.group} rollouts")
 
     motions = train.scenarios(config.scenario)
@@ -272,7 +275,8 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
     with train.Run(folder, policy, config, world, show=("reward", "kl")) as run:
         for step in run:
             # the clips of this step, all of one motion, and their rollouts
-            motion, turn = step % len(motions), step // len(motions)
+            motion = step % len(motions)
+            turn = step // len(motions)                     # of this motion, counted from 0
             index = train.batch_indices(config.seed, turn, n_prompts, config.clips)
             index = world.shard(index)                                          # (P,)
             # a generator per prompt: samples do not depend on the number of ranks
@@ -328,11 +332,6 @@ def metrics(scores: dict[str, Tensor], outs: list[dict[str, Tensor]], n_prompts:
 # ------------------------------------------------------------------ the stage
 
 
-def sources(config: Config) -> dict[str, Path]:
-    """The weight files that the policy is trained from."""
-    return sft.tokenizer_file(config) | {"sft": Path(config.out, "sft", "model.safetensors")}
-
-
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     motions = train.scenarios(config.scenario)
@@ -343,7 +342,8 @@ def main(argv: list[str] | None = None) -> None:
     reference = sft.ensure(config, tokenizer, world).requires_grad_(False)
     folder = Path(config.out, "grpo")
     if checkpoint.is_trained(folder, "model.safetensors", config, world):
-        policy = sft.load(folder, **sources(config)).to(world.device)
+        sources = checkpoint.model_files(config.out, config.tokenizer, "sft")
+        policy = sft.load(folder, **sources).to(world.device)
     else:
         policy = train_grpo(config, tokenizer, reference, world)
     predictors = {"SFT": sft.predictor(reference, tokenizer),

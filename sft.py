@@ -263,8 +263,8 @@ def new_shape(config: Config, S: int, V: int) -> LlamaConfig:
 
 def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
-    folder = checkpoint.start_stage(Path(config.out, "sft"), config, world,
-                                    **tokenizer_file(config))
+    sources = checkpoint.model_files(config.out, config.tokenizer)
+    folder = checkpoint.start_stage(Path(config.out, "sft"), config, world, **sources)
     torch.manual_seed(config.seed)
     model = starting_model(config, tokenizer, world)
     model.checkpointing = config.checkpointing
@@ -311,11 +311,6 @@ def load_tokenizer(config, world: train.World) -> DDT:
     return experiments.vqgan.ensure(config, world)
 
 
-def tokenizer_file(config) -> dict[str, Path]:
-    """Name and weights of the tokenizer, for the checks that a model belongs to its codes."""
-    return {config.tokenizer: Path(config.out, config.tokenizer, "model.safetensors")}
-
-
 def load(folder: Path, **sources: Path) -> Llama:
     """A trained model. UserError if it was trained from other weights (name=path) than these."""
     checkpoint.check_provenance(Path(folder), **sources)
@@ -332,7 +327,8 @@ def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         sft_config = train.stage_config("sft", Config, PRESETS, config, tokenizer=config.tokenizer)
         return run_stage(sft_config, tokenizer, world)
-    return load(folder, **tokenizer_file(config)).to(world.device)
+    sources = checkpoint.model_files(config.out, config.tokenizer)
+    return load(folder, **sources).to(world.device)
 
 
 def check_config(c: Config) -> None:
@@ -359,7 +355,8 @@ def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     check_config(config)
     folder = Path(config.out, "sft")
     if checkpoint.is_trained(folder, "model.safetensors", config, world):
-        model = load(folder, **tokenizer_file(config)).to(world.device)
+        sources = checkpoint.model_files(config.out, config.tokenizer)
+        model = load(folder, **sources).to(world.device)
     else:
         model = train_sft(config, tokenizer, world)
     predictors = {"SFT": predictor(model, tokenizer)}
