@@ -1,19 +1,18 @@
 """
-Whole files only: atomic writes, checkpoints with a manifest, resuming, and the files of a finished
-model.
+Files that are whole or not there: atomic writes, checkpoints, resuming, finished models, caches.
 
 What a kill, a full disk or a second process could leave half-done is written beside its place and
 renamed. At every path there is the old file or the new one, never a part of one.
 
-<folder>/checkpoint-<steps done>/
-    model.safetensors               the weights
-    optimizer-<rank>.safetensors    every rank's shard of the optimizer state
-    manifest.json                   steps, ranks, config, checksums; without it, no checkpoint
+<folder>/checkpoint-<steps done>/       the last two are kept
+    model.safetensors                   the weights
+    optimizer-<rank>.safetensors        each rank's shard of the optimizer's state
+    manifest.json                       steps, ranks, config, checksums. It is written last: a
+                                        folder without it is no checkpoint
 
-The last two are kept. Data order and noise are functions of (seed, step): a checkpoint holds no
-random state.
+A checkpoint holds no random state, because data order and noise are functions of (seed, step).
 
-`world` is train.World: rank, size, is_main, barrier(), all_gather(object), print0(text).
+`world` is a train.World. "Collective" functions must be called by all ranks.
 """
 import contextlib
 import dataclasses
@@ -24,7 +23,7 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, TextIO
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """What the user can put right. Shown as one line without a traceback; exit code 2."""
+    """An error that the user can put right. train.cli prints it as one line; exit code 2."""
 
 
 def check(condition, text: str) -> None:
@@ -48,7 +47,7 @@ def check(condition, text: str) -> None:
 
 
 def writable(folder: Path) -> Path:
-    """Makes a folder and tries to write in it, before hours of training do."""
+    """Makes a folder and tries to write in it: an error comes now, not after hours of training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe{os.getpid()}"
@@ -60,28 +59,29 @@ def writable(folder: Path) -> Path:
     return folder
 
 
-_locks: dict[str, object] = {}
+_locked: dict[str, TextIO] = {}                 # folder -> open file: closing it would unlock
 
 
 def lock(folder: Path, world) -> None:
     """
-    One training at a time per run folder: two would overwrite each other's checkpoints. The lock is
+    One process at a time per run folder: two would overwrite each other's checkpoints. The lock is
     freed when the process ends. Collective: no rank goes on before the folder is known to be free.
     """
-    if world.is_main and str(folder) not in _locks:
-        _locks[str(folder)] = file = open(folder / ".lock", "w")
+    if world.is_main and str(folder) not in _locked:
+        file = open(folder / ".lock", "w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is training in {folder}: stop it, or choose "
                             "another --out") from None
+        _locked[str(folder)] = file
     world.barrier()
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; afterwards it is flushed to disk and renamed to `path`."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")    # several ranks may write the same
+    """A name beside `path` to write to; at the end it is flushed to disk and renamed to `path`."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")    # another name in each process
     try:
         yield part
         with open(part, "rb") as file:
@@ -97,7 +97,7 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path, remedy: str = "delete it") -> dict:
-    """The object in a JSON file; {} when there is no file. Raises UserError for a damaged one."""
+    """The object of a JSON file; {} if there is no file. UserError for a damaged one."""
     try:
         value = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
@@ -107,16 +107,16 @@ def read_json(path: Path, remedy: str = "delete it") -> dict:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     with replacing(path) as part:
-        tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
         save_file(tensors, part, metadata)
-        umask = os.umask(0)
+        umask = os.umask(0)                 # reading it means setting it
         os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)      # safetensors writes 0600 whatever the umask
+        os.chmod(part, 0o666 & ~umask)      # safetensors writes 0600, whatever the umask
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Raises UserError for a file that is missing, damaged or holds NaN or infinity."""
+    """The tensors of a file. UserError if it is missing, damaged or holds NaN or infinity."""
     remedy = "If a stage here made it, start that over with --fresh"
     try:
         with safe_open(path, "pt") as file:
@@ -130,18 +130,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """load_state_dict with one line for what does not fit."""
-    own = model.state_dict()
-    for name in [*own, *tensors]:
-        if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
-            ours, theirs = (tuple(x[name].shape) if name in x else "nothing"
-                            for x in (own, tensors))
-            raise UserError(f"{path} does not fit this model: {name} should be {ours}, the file "
-                            f"has {theirs}")
+    """load_state_dict, with one line for the first tensor that does not fit."""
+    ours = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    theirs = {name: tuple(x.shape) for name, x in tensors.items()}
+    for name in [*ours, *theirs]:
+        expected, found = ours.get(name, "nothing"), theirs.get(name, "nothing")
+        check(found == expected, f"{path} does not fit this model: {name} should be {expected}, "
+              f"the file has {found}")
     model.load_state_dict(tensors)
 
 
 def checksum(path: Path) -> str:
+    """CRC-32 of a file, as 8 hexadecimal digits."""
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
@@ -160,7 +160,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config, world) -> None:
     """
-    Saves what is there after `step`. Collective. If that fails (a full disk), training goes on and
+    Saves a checkpoint after `step`. Collective. If that fails (a full disk), training goes on and
     the last checkpoint stays.
     """
     path = folder / f"checkpoint-{step + 1:08d}"
@@ -168,7 +168,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config
     if world.is_main:
         files["model.safetensors"] = model.state_dict()
         if path.exists():
-            shutil.rmtree(path)             # incomplete or damaged: training would not be here else
+            shutil.rmtree(path)             # incomplete or damaged, or training had begun after it
     world.barrier()
 
     error, sums = "", {}
@@ -176,17 +176,16 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config
         path.mkdir(exist_ok=True)
         for name, tensors in files.items():
             write_safetensors(path / name, tensors, {})
-        sums = {name: checksum(path / name) for name in files}
+            sums[name] = checksum(path / name)
     except (OSError, SafetensorError) as problem:
         error = str(problem)
+    errors, sums_of_ranks = zip(*world.all_gather((error, sums)))
 
-    everyone = world.all_gather((error, sums))
-    error = next((error for error, _ in everyone if error), "")
     if world.is_main:
         try:
-            if error:
-                raise OSError(error)
-            sums = {name: crc for _, of_rank in everyone for name, crc in of_rank.items()}
+            if any(errors):
+                raise OSError(next(filter(None, errors)))
+            sums = {name: crc for sums in sums_of_ranks for name, crc in sums.items()}
             manifest = {"step": step + 1, "ranks": world.size,
                         "config": dataclasses.asdict(config), "files": sums}
             manifest["checksum"] = _checksum_of(manifest)
@@ -205,13 +204,13 @@ def _checksum_of(manifest: dict) -> str:
 
 
 def _remove(path: Path) -> None:
-    """The manifest goes first: what a kill leaves of it is not taken for a checkpoint."""
+    """Deletes a checkpoint, its manifest first: what a kill leaves is no checkpoint any more."""
     (path / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def verify(path: Path, world) -> str:
-    """What is wrong with a checkpoint; "" if nothing is. Collective: the ranks share the work."""
+    """What is wrong with a checkpoint, "" if nothing. Collective: every rank reads some files."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         right = manifest.pop("checksum") == _checksum_of(manifest)
@@ -223,32 +222,32 @@ def verify(path: Path, world) -> str:
     damage = ""
     for name in sorted(files)[world.rank::world.size]:
         try:
-            if checksum(path / name) != files[name]:
-                damage = f"{name} is not what was written"
-            else:
-                read_safetensors(path / name)
+            check(checksum(path / name) == files[name], f"{name} is not what was written")
+            read_safetensors(path / name)
         except (OSError, UserError) as error:
             damage = str(error)
-    return next(filter(None, world.all_gather(damage)), "")
+    return next(filter(None, world.all_gather(damage)), "")     # the first that a rank found
 
 
 def resume(folder: Path, model: nn.Module, optimizer, config, world) -> int:
     """
-    Loads the newest whole checkpoint -> the step to go on with; 0 without one, or with --fresh.
+    Loads the newest checkpoint -> the step to go on with; 0 without one, or with --fresh.
 
-    A damaged one is named and the one before it taken. Raises UserError if all are damaged, or if
-    they are of another configuration.
+    If it is damaged, that is printed, and the one before is loaded. UserError if all are damaged,
+    or if it is of another configuration or model.
     """
+    if config.fresh:
+        return 0
     damaged = []
-    for path in [] if config.fresh else checkpoints(folder)[::-1]:
+    for path in reversed(checkpoints(folder)):
         if damage := verify(path, world):
             damaged.append(f"{path} is damaged ({damage})")
             world.print0(damaged[-1])
             continue
         manifest = json.loads((path / "manifest.json").read_text())
-        changed = [*changed_fields(manifest["config"], config).values()]
-        check(not changed, f"{path} is of another configuration ({'; '.join(changed[:4])}): "
-              "restore that, choose another --out, or start over with --fresh")
+        changes = changed_fields(manifest["config"], config)
+        check(not changes, f"{path} is of another configuration ({changes}): restore that, choose "
+              "another --out, or start over with --fresh")
         load_state(model, read_safetensors(path / "model.safetensors"), path)
         files = [path / f"optimizer-{rank}.safetensors" for rank in range(manifest["ranks"])]
         try:
@@ -260,17 +259,19 @@ def resume(folder: Path, model: nn.Module, optimizer, config, world) -> int:
     return 0
 
 
-# fields that two runs of one training may differ in: they change how it is computed or reported,
-# not what comes out; the weights of --vae are compared themselves, wherever they lie
+# fields that may change while a model is trained: they decide where, how fast and how often
+# something is done, not what is learnt (of --vae, the weights are compared, not the folder)
 FREE_FIELDS = {"out", "vae", "fresh", "save_every", "eval_clips", "micro_batch", "checkpointing",
                "calls"}
 
 
-def changed_fields(then: dict, config) -> dict[str, str]:
-    """Field -> what it was and is, of the fields that a training depends on."""
-    now = dataclasses.asdict(config)
-    return {name: f"{name} was {then.get(name)}, is {value}" for name, value in now.items()
-            if name not in FREE_FIELDS and then.get(name) != value}
+def changed_fields(then: dict, config) -> str:
+    """What has changed (four fields at most) since the configuration `then`, "" if nothing."""
+    changes = []
+    for name, value in dataclasses.asdict(config).items():
+        if name not in FREE_FIELDS and then.get(name) != value:
+            changes.append(f"{name} was {then.get(name)}, is {value}")
+    return "; ".join(changes[:4])
 
 
 # ------------------------------------------------------------------ a stage's folder
@@ -283,8 +284,9 @@ def model_files(out: str, *stages: str) -> dict[str, Path]:
 
 def start_stage(folder: Path, config, world, **sources: Path) -> Path:
     """
-    The folder that a stage trains in: made, freed of an old model with --fresh, and marked with the
-    weight files that the stage starts from. UserError if what is there started from others.
+    Prepares the folder that a stage trains in: makes it, deletes the old model with --fresh, and
+    notes the checksums of the weights that training starts from (name=path). UserError if a model
+    or checkpoint is there that started from others.
     """
     writable(folder)
     if config.fresh:
@@ -296,31 +298,30 @@ def start_stage(folder: Path, config, world, **sources: Path) -> Path:
 
 
 def finish(folder: Path, save: Callable[[Path], None], config, model: nn.Module, world) -> None:
-    """Saves the finished model with `save(folder)` and its config; deletes the checkpoints."""
-    weights = [p.detach() for p in model.state_dict().values() if p.is_floating_point()]
-    means = torch.stack([p.double().mean() for p in weights])
+    """Saves the finished model with `save(folder)` and its config, and deletes the checkpoints."""
+    weights = [x for x in model.state_dict().values() if x.is_floating_point()]
+    means = torch.stack([x.double().mean() for x in weights])
     if (world.all_reduce(means) / world.size - means).abs().max() > 1e-12:
         raise RuntimeError(f"the ranks hold different models at the end of {folder}: this is a bug")
     if world.is_main:
         trained = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_FIELDS}
         write_json(folder / "trained.json", trained)
-        save(folder)
+        save(folder)                        # after its config: is_trained looks for the weights
         _remove_checkpoints(folder)
     world.barrier()
 
 
 def is_trained(folder: Path, name: str, config, world) -> bool:
     """
-    Whether a finished model's weights, `name`, are there (and --fresh is not given). Collective.
-    Raises UserError if it was trained with another configuration.
+    Whether a finished model is there, its weights in the file `name`. False with --fresh. UserError
+    if it was trained with another configuration. Collective.
     """
     if config.fresh or not (folder / name).exists():
         return False
     if then := read_json(folder / "trained.json", "train it again with --fresh"):
-        changed = [*changed_fields(then, config).values()]
-        check(not changed, f"{folder} was trained with another configuration "
-              f"({'; '.join(changed[:4])}): restore that, choose another --out, or train it again "
-              "with --fresh")
+        changes = changed_fields(then, config)
+        check(not changes, f"{folder} was trained with another configuration ({changes}): restore "
+              "that, choose another --out, or train it again with --fresh")
     world.barrier()
     if world.is_main:
         _remove_checkpoints(folder)         # left by a kill between saving and cleaning up
@@ -334,7 +335,7 @@ def _remove_checkpoints(folder: Path) -> None:
 
 
 def delete_model(folder: Path) -> None:
-    """For --fresh: an interrupted retraining must not be mistaken for the old model."""
+    """For --fresh: if the new training is interrupted, the old model must not pass for its end."""
     _remove_checkpoints(folder)
     for name in ("model.safetensors", "diffusion_pytorch_model.safetensors", "trained.json",
                  "reconstruction.png"):
@@ -342,14 +343,14 @@ def delete_model(folder: Path) -> None:
 
 
 def command(stage: str) -> str:
-    """What trains the model in <out>/<stage>."""
+    """The command that trains the model in <out>/<stage>, for error messages."""
     return f"python -m experiments.{stage}" if stage in ("vqgan", "dit") else f"python {stage}.py"
 
 
 def check_provenance(folder: Path, **sources: Path) -> dict[str, str]:
     """
-    Checksums of weight files. Raises UserError if the folder's model or checkpoint started from
-    others: a model must not be used with the codes of a tokenizer that was trained anew since.
+    The checksums of weight files (name=path). UserError if the model or checkpoint of the folder
+    started from others: a language model is of no use with the codes of another tokenizer.
     """
     now = {name: checksum(path) for name, path in sources.items()}
     if checkpoints(folder) or (folder / "model.safetensors").exists():
@@ -367,12 +368,13 @@ def check_provenance(folder: Path, **sources: Path) -> dict[str, str]:
 def cached_array(path: Path, stamp: str, shape: tuple[int, ...], chunks: list[slice],
                  make: Callable[[slice], np.ndarray], world) -> np.ndarray:
     """
-    A uint8 array of some shape, mapped from the file `path`. If that is missing, damaged or of
-    another stamp (a text), the ranks make it together: make(chunk) gives the rows of one chunk.
+    A uint8 array of this shape, mapped from the file `path`. If that is missing, damaged or has
+    another stamp (a text that says what it was made from), the ranks make it together: make(chunk)
+    returns the rows of one chunk. Collective.
     """
-    note = path.with_suffix(".txt")
+    note = path.with_suffix(".txt")         # holds the stamp
     array = _load_array(path, note, stamp, shape)
-    world.barrier()                         # every rank has looked before one writes
+    world.barrier()                         # every rank has looked before rank 0 writes
     if array is not None:
         return array
     part = path.with_suffix(".part")
@@ -389,7 +391,7 @@ def cached_array(path: Path, stamp: str, shape: tuple[int, ...], chunks: list[sl
     world.barrier()
     if world.is_main:
         part.replace(path)
-        note.write_text(stamp)              # last: with its stamp the array is whole
+        note.write_text(stamp)              # last: an array with a stamp is whole
     world.barrier()
     return _load_array(path, note, stamp, shape)
 
@@ -397,7 +399,7 @@ def cached_array(path: Path, stamp: str, shape: tuple[int, ...], chunks: list[sl
 def _load_array(path: Path, note: Path, stamp: str, shape: tuple) -> np.ndarray | None:
     try:
         array = np.load(path, mmap_mode="r")
-        whole = array.shape == shape and array.dtype == np.uint8 and note.read_text() == stamp
-        return array if whole else None
+        fits = array.shape == shape and array.dtype == np.uint8
+        return array if fits and note.read_text() == stamp else None
     except (OSError, ValueError, EOFError):
         return None

@@ -60,7 +60,7 @@ class Config:
     clips: int = 6000           # training clips per motion
     tokenizer: str = "ddt"      # ddt, or vqgan (experiments/vqgan.py)
     corrupt: float = 0.1        # share of the input codes that are replaced by random codes
-    near: int = 3               # any other input code becomes one of so many nearest; 1: unchanged
+    near: int = 3               # a code that is not replaced becomes one of its so many nearest
     # model
     llm: str = ""               # folder of weights to start from (empty: a new model of this size)
     hidden: int = 128           # width, D

@@ -1,28 +1,28 @@
 """
-What the training loops share: ranks, flags from a dataclass, AdamW with sharded fp32 state, and
+What the training loops share: flags from a dataclass, ranks, AdamW with sharded fp32 state, and
 Run, the toolbox of a loop.
 
-A stage's loop:
+A stage's loop, where a rank holds b of the B elements of a batch:
 
-    config = train.parse(Config, PRESETS, argv)                 # flags -> dataclass
-    world = train.start(config.seed, config.out)          # rank, size, device; locks the run folder
-    loss_of = train.distribute(Loss(model), world)              # DDP if there are several ranks
+    config = train.parse(Config, PRESETS, argv)             # flags -> dataclass
+    world = train.start(config.seed, config.out)            # rank, size, device
+    loss_of = train.distribute(Loss(model), world)          # DDP if there are several ranks
+    n = world.accumulation_steps(B, config.micro_batch)     # micro-batches per step
     with train.Run(folder, model, config, world) as run:    # resumes, logs, saves, stops on SIGTERM
         for step in run:
-            i = world.shard(train.batch_indices(config.seed, step, B, len(data)))
+            index = world.shard(train.batch_indices(config.seed, step, B, len(data)))     # (b,)
             total = 0.0
-            for x in run.accumulate(data[i].split(n), loss_of): # gradient accumulation
-                loss = loss_of(x).sum() / B                     # this rank's sum / the global batch
-                (loss * world.size).backward()      # DDP averages over ranks: this makes it the sum
+            for x in run.accumulate(data[index].tensor_split(n), loss_of):
+                loss = loss_of(x).sum() / B                 # this rank's part of the batch's mean
+                (loss * world.size).backward()              # times ranks: a sum, not DDP's average
                 total += loss.detach()
-            run.step(total)                                     # clip, AdamW, zero_grad, log
+            run.step(total)                                 # clip, AdamW, zero_grad, log
 
-Everything random in a step is drawn from a generator made of (seed, step), never from a running
-state. Thus a run that was killed and resumed draws what it would have drawn, and the number of
-ranks does not change what a step sees.
+What a step draws is a function of (seed, step): the generator is made anew in each. Thus a run that
+was killed and resumed draws what it would have drawn, and any number of ranks sees the same batch.
 
-Source of the sharded optimizer: ZeRO, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054,
-stage 1.
+Source of the sharded optimizer: ZeRO stage 1, Rajbhandari et al. 2020,
+https://arxiv.org/abs/1910.02054.
 """
 import argparse
 import contextlib
@@ -56,20 +56,25 @@ import checkpoint
 import sim
 from checkpoint import UserError, check
 
+# names that torch 2.13 gives up and older versions need
+warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|broadcast_buffers)", FutureWarning)
+
 
 def cli(main) -> None:
-    """Runs a script's main(); turns what a user can mend into one line and an exit code."""
+    """Runs a script's main(). Errors that the user can put right print one line, no traceback."""
     script = Path(sys.argv[0]).name
     go_on = "The same command (without --fresh) goes on from the last checkpoint."
+
+    def stop(code: int, text: str) -> None:
+        sys.stderr.write(f"\n{text}\n")
+        sys.exit(code)
     try:
         main()
     except (UserError, OSError) as error:   # OSError: a full disk, a file that vanished
-        sys.stderr.write(f"\n{script}: {error}\n")
-        sys.exit(2)
+        stop(2, f"{script}: {error}")
     except torch.OutOfMemoryError as error:
-        sys.stderr.write(f"\n{script}: {str(error).splitlines()[0]} Try --micro_batch 1, "
-                         f"--checkpointing where there is such a flag, or more ranks. {go_on}\n")
-        sys.exit(2)
+        stop(2, f"{script}: {str(error).splitlines()[0]} Try --micro_batch 1, --checkpointing "
+             f"where there is such a flag, or more ranks. {go_on}")
     except RuntimeError as error:           # of gloo and NCCL: the other end is gone or silent
         lost = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "timeout")
         if not dist.is_initialized() or not any(text in str(error) for text in lost):
@@ -77,10 +82,9 @@ def cli(main) -> None:
         sys.stderr.write(f"\n{script}: rank {dist.get_rank()}: another rank died or hangs; see its "
                          f"error above. {go_on}\n")
         sys.stderr.flush()
-        os._exit(1)                         # destroying the group would wait for the lost rank
+        os._exit(1)                         # sys.exit would wait for the lost rank
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nstopped. {go_on}\n")
-        sys.exit(130)
+        stop(130, f"stopped. {go_on}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -102,9 +106,8 @@ def field_help(Config) -> dict[str, tuple[str, str]]:
 
 def parse(Config, presets: dict[str, dict], argv: list[str] | None):
     """
-    Command line -> Config. Every field is a flag (`--lr 1e-3`; a bool is a switch), `--preset` sets
-    the others' defaults, and `--help` prints each field's comment and the default of the preset
-    chosen.
+    Command line -> Config. Every field is a flag (`--lr 1e-3`; a bool is a switch). `--preset` sets
+    their defaults, which `--help` prints together with the fields' comments.
 
     Raises SystemExit (code 2, one line) for an unknown flag or preset or a value of the wrong type,
     UserError for a number out of range.
@@ -113,13 +116,31 @@ def parse(Config, presets: dict[str, dict], argv: list[str] | None):
     first.add_argument("--preset", nargs="?", default="tiny")
     preset = first.parse_known_args(argv)[0].preset
     defaults = Config(**presets.get(preset, {}))
-    fields, text = dataclasses.fields(Config), field_help(Config)
 
+    parser = _parser(Config, defaults)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [f"--{field.name}" for field in dataclasses.fields(Config)]
+        hint = _did_you_mean(unknown[0].split("=")[0], flags)
+        parser.error(f"unknown argument {unknown[0]}{hint}")
+    if preset not in presets:
+        hint = _did_you_mean(str(preset), presets)
+        parser.error(f"unknown preset {preset!r}: choose one of {', '.join(presets)}{hint}")
+
+    given = {name: value for name, value in vars(given).items() if value is not None}
+    config = dataclasses.replace(defaults, **given)
+    config.out = config.out or f"runs/{config.preset}"
+    for field in dataclasses.fields(Config):
+        _check_number(field, getattr(config, field.name))
+    return config
+
+
+def _parser(Config, defaults) -> argparse.ArgumentParser:
     usage = "%(prog)s [--preset tiny] [--FIELD VALUE ...]"
     parser = argparse.ArgumentParser(allow_abbrev=False, usage=usage)
-    groups = {}
-    for field in fields:
-        heading, comment = text[field.name]
+    notes, groups = field_help(Config), {}
+    for field in dataclasses.fields(Config):
+        heading, comment = notes[field.name]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         default = getattr(defaults, field.name)
@@ -129,38 +150,32 @@ def parse(Config, presets: dict[str, dict], argv: list[str] | None):
             kind = dict(type=field.type, metavar=field.type.__name__.upper())
             comment += "" if default == "" else f" (default: {default})"
         comment = comment.replace("%", "%%")
+        # None: not on the command line
         groups[heading].add_argument(f"--{field.name}", default=None, help=comment, **kind)
-    given, unknown = parser.parse_known_args(argv)
+    return parser
 
-    if unknown:
-        flags = [f"--{field.name}" for field in fields]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.6)
-        parser.error(f"unknown argument {unknown[0]}"
-                     + (f": did you mean {near[0]}?" if near else ""))
-    if preset not in presets:
-        near = difflib.get_close_matches(str(preset), presets, 1, 0.4)
-        parser.error(f"unknown preset {preset!r}: choose one of {', '.join(presets)}"
-                     + (f" (did you mean {near[0]}?)" if near else ""))
 
-    given = {name: value for name, value in vars(given).items() if value is not None}
-    config = dataclasses.replace(defaults, **given)
-    config.out = config.out or f"runs/{config.preset}"
-    for field in fields:
-        name, value = field.name, getattr(config, field.name)
-        if field.type in (int, float):
-            check(math.isfinite(value) and value >= 0,
-                  f"--{name} {value}: must be a finite number of at least 0")
-        if field.type is int and field.default != 0:
-            check(value > 0, f"--{name} 0: must be at least 1")
-        too_large = name in ("beta1", "beta2") and value >= 1 or name == "seed" and value >= 2 ** 63
-        check(not too_large, f"--{name} {value}: too large")
-    return config
+def _did_you_mean(word: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _check_number(field: dataclasses.Field, value) -> None:
+    flag = f"--{field.name} {value}"
+    if field.type in (int, float):
+        check(math.isfinite(value) and value >= 0, f"{flag}: must be a finite number of at least 0")
+    if field.type is int and field.default != 0:            # 0 means something if it is the default
+        check(value > 0, f"{flag}: must be at least 1")
+    if field.name in ("beta1", "beta2"):
+        check(value < 1, f"{flag}: too large")
+    if field.name == "seed":
+        check(value < 2 ** 63, f"{flag}: too large")
 
 
 def stage_config(name: str, Config, presets: dict[str, dict], config, **more):
     """
-    The Config with which a later stage trains an earlier one, `name`, that is missing: the defaults
-    of its preset of the same name, the same run folder, seed and motions, and the fields in `more`.
+    The Config with which a later stage (`config`) trains an earlier one, `name`, that is missing:
+    its defaults in the same preset, the same run folder, seed and motions, and the fields `more`.
     """
     check(config.preset in presets, f"{Path(config.out, name)} is missing, and {name} has no "
           f"preset {config.preset}: train it with `{checkpoint.command(name)} --out {config.out}`")
@@ -169,7 +184,7 @@ def stage_config(name: str, Config, presets: dict[str, dict], config, **more):
 
 
 def scenarios(name: str) -> list[str]:
-    """--scenario: one of the simulator's, or all."""
+    """The value of --scenario, one of the simulator's motions or "all" -> a list of motions."""
     check(name == "all" or name in sim.SCENARIOS, f"unknown --scenario {name!r}: choose one of "
           f"all, {', '.join(sim.SCENARIOS)}")
     return list(sim.SCENARIOS) if name == "all" else [name]
@@ -177,11 +192,12 @@ def scenarios(name: str) -> list[str]:
 
 # ------------------------------------------------------------------ ranks
 
-_patient = None         # a process group for what may take long: waiting for rank 0 to evaluate
+_slow_group = None      # a process group with a timeout of a day, to wait for an evaluation
 
 
 @dataclass
 class World:
+    """The process group, of one rank without torchrun."""
     rank: int
     size: int
     device: torch.device
@@ -192,6 +208,7 @@ class World:
         return self.rank == 0
 
     def print0(self, text: str) -> None:
+        """Prints on rank 0 only."""
         if self.is_main:
             print(text, flush=True)
 
@@ -203,17 +220,21 @@ class World:
         n = len(x)
         check(n >= self.size, f"a batch of {n} cannot be sharded over {self.size} ranks: use fewer "
               "ranks or a larger batch")
-        return x[n * self.rank // self.size: n * (self.rank + 1) // self.size]
+        first, end = n * self.rank // self.size, n * (self.rank + 1) // self.size
+        return x[first:end]
 
     def accumulation_steps(self, batch: int, micro_batch: int, rows: int = 1) -> int:
         """
-        Into how many micro-batches of at most `micro_batch` rows (0: no limit) the largest shard of
-        a batch is cut, each element of which has `rows` rows: the same number on every rank.
+        Micro-batches per step, as many on every rank: those of the largest shard. A micro-batch has
+        at most `micro_batch` rows (0: no limit), an element of the batch has `rows`.
         """
-        return ceil_div(ceil_div(batch, self.size) * rows, micro_batch) if micro_batch else 1
+        if not micro_batch:
+            return 1
+        largest_shard = ceil_div(batch, self.size)
+        return ceil_div(largest_shard * rows, micro_batch)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, for the log: without a graph, which a running mean would keep."""
+        """The sum over the ranks, for the log: detached, or the log would keep the graph."""
         x = x.detach()
         if dist.is_initialized():
             x = x.clone()
@@ -221,26 +242,27 @@ class World:
         return x
 
     def all_gather(self, x) -> list:
-        """An object from each rank -> those of all of them, in the order of the ranks."""
-        everyone = [x]
-        if dist.is_initialized():
-            everyone = [None] * self.size
-            dist.all_gather_object(everyone, x, group=_patient)
-        return everyone
+        """An object from each rank -> those of all ranks, in their order."""
+        if not dist.is_initialized():
+            return [x]
+        of_ranks = [None] * self.size
+        dist.all_gather_object(of_ranks, x, group=_slow_group)
+        return of_ranks
 
     def barrier(self) -> None:
-        """All ranks meet here: nobody reads a file before rank 0 has written it."""
+        """All ranks meet here, for instance before they open a file that rank 0 writes."""
         if self.size > 1:
-            dist.barrier(group=_patient)
+            dist.barrier(group=_slow_group)
 
     def autocast(self):
-        """Matrix products in bf16 on a GPU; fp32 on the CPU, where many have no bf16."""
+        """Matrix products in bf16 on a GPU, in fp32 on a CPU, since many have no bf16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def compile(self, *modules: nn.Module) -> None:
         """torch.compile in place on a GPU, where small models are bound by kernel launches."""
-        for module in modules if self.device.type == "cuda" else ():
-            module.compile()
+        if self.device.type == "cuda":
+            for module in modules:
+                module.compile()
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -252,26 +274,27 @@ def start(seed: int, out: str = "") -> World:
     Joins torchrun's process group if there is one, chooses the device, seeds torch, and makes and
     locks the run folder `out` if one is named. May be called more than once.
     """
-    global _patient
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    global _slow_group
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))       # on this machine
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    check(not gpus or local < gpus, f"{local + 1} ranks on {gpus} GPUs: lower --nproc_per_node, or "
-          "set CUDA_VISIBLE_DEVICES= to run on the CPU")
-    device = torch.device("cuda", local) if gpus else torch.device("cpu")
     if gpus:
+        check(local_rank < gpus, f"{local_rank + 1} ranks on {gpus} GPUs: lower --nproc_per_node, "
+              "or set CUDA_VISIBLE_DEVICES= to run on the CPU")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
-        torch.set_flush_denormal(True)      # ten times slower, they fill a nearly collapsed model
+        device = torch.device("cpu")
+        torch.set_flush_denormal(True)      # CPUs are ten times slower with denormal numbers
         if size > 1:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", size))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if size > 1 and not dist.is_initialized():
         minute, day = datetime.timedelta(minutes=1), datetime.timedelta(days=1)
-        # a rank that hangs ends the others within a minute, unless they wait for it to evaluate
+        # if a rank hangs in a step, the others give up after a minute
         dist.init_process_group("nccl" if gpus else "gloo", timeout=minute)
-        _patient = dist.new_group(backend="gloo", timeout=day)
+        _slow_group = dist.new_group(backend="gloo", timeout=day)
     torch.manual_seed(seed)                 # the same initial weights on every rank
     world = World(rank, size, device)
     if out:
@@ -280,33 +303,34 @@ def start(seed: int, out: str = "") -> World:
 
 
 def distribute(model: nn.Module, world: World) -> nn.Module:
-    """DistributedDataParallel if there are several ranks. Buffers (codebooks) stay equal anyway."""
+    """
+    DistributedDataParallel if there are several ranks. Buffers (a codebook) are not broadcast: they
+    are equal already, because every rank updates them from the data of all.
+    """
     if world.size == 1:
         return model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)      # 2.13 renames broadcast_buffers
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+                                               gradient_as_bucket_view=True)
 
 
 # ------------------------------------------------------------------ randomness and data order
 
 
 def generator(*key: int, device="cpu") -> torch.Generator:
-    """A generator that is a function of integers such as (seed, step)."""
+    """A new generator, whose draws are a function of integers such as (seed, step)."""
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
-@functools.lru_cache(maxsize=2)
+def batch_indices(seed: int, step: int, batch: int, n: int) -> Tensor:
+    """Indices (batch,) of the n data that a step sees: one shuffled epoch comes after the other."""
+    places = range(step * batch, (step + 1) * batch)
+    return torch.stack([_epoch(seed, i // n, n)[i % n] for i in places])
+
+
+@functools.lru_cache(maxsize=2)                             # a batch may be of two epochs
 def _epoch(seed: int, epoch: int, n: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, epoch))
-
-
-def batch_indices(seed: int, step: int, batch: int, n: int) -> Tensor:
-    """Indices (batch,) of the data that a step sees: shuffled epochs of n, one after the other."""
-    at = torch.arange(step * batch, (step + 1) * batch)
-    return torch.stack([_epoch(seed, int(i) // n, n)[i % n] for i in at])
 
 
 # ------------------------------------------------------------------ optimizer
@@ -314,17 +338,15 @@ def batch_indices(seed: int, step: int, batch: int, n: int) -> Tensor:
 
 class Bucket:
     """
-    Some parameters seen as one flat vector, of which every rank owns an equal shard: `master`, in
-    fp32, and its moments.
-
-    After torch's fused AdamW has updated the masters, the ranks gather the new weights from each
-    other.
+    Some parameters as one flat vector (n,). Every rank owns a shard of it, (shard_size,): master
+    weights in fp32 and their moments. torch's fused AdamW updates the shard; then the ranks gather
+    the whole vector.
     """
 
     def __init__(self, params: list[nn.Parameter], rank: int, ranks: int, **options):
         self.params, self.rank, self.ranks = params, rank, ranks
         self.n = sum(p.numel() for p in params)
-        self.shard_size = -(-self.n // ranks)             # the last rank's may be padded with zeros
+        self.shard_size = -(-self.n // ranks)               # rounded up: the last shard is padded
         flat = torch.cat([p.detach().flatten() for p in params])
         self.master = nn.Parameter(self.shard(flat).float().clone())
         self.adamw = torch.optim.AdamW([self.master], fused=True, **options)
@@ -338,22 +360,23 @@ class Bucket:
     def step(self, lr: float, scale: Tensor) -> None:
         """One update with `scale` times the parameters' gradients."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        self.master.grad = self.shard(torch.cat([g.flatten() for g in gradients])).float() * scale
+        flat = torch.cat([g.flatten() for g in gradients])
+        self.master.grad = self.shard(flat).float() * scale
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
         self.master.grad = None
-        new = self.master.detach().to(self.params[0].dtype)
+
+        mine = self.master.detach().to(self.params[0].dtype)
+        flat = mine
         if self.ranks > 1:
-            shards = new.new_empty(self.ranks * self.shard_size)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames it
-                dist.all_gather_into_tensor(shards, new)
-            new = shards
-        for p, x in zip(self.params, new[:self.n].split([p.numel() for p in self.params])):
+            flat = mine.new_empty(self.ranks * self.shard_size)
+            dist.all_gather_into_tensor(flat, mine)
+        sizes = [p.numel() for p in self.params]
+        for p, x in zip(self.params, flat[:self.n].split(sizes)):
             p.copy_(x.view(p.shape))
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of this rank's shard. All but the step are (shard_size,)."""
+        """What a checkpoint keeps of this rank's shard: step (), all else (shard_size,)."""
         state = self.adamw.state.get(self.master)
         if not state:                                           # before the first step
             zeros = torch.zeros_like(self.master)
@@ -362,27 +385,30 @@ class Bucket:
 
     def load(self, shards: dict[str, list[Tensor]]) -> None:
         """
-        shards: every name in `state` -> the tensors of all ranks, which may have been more or fewer
-        than now.
+        shards: each name in `state` -> the tensors of all ranks that saved it. They may have been
+        more or fewer than now.
         """
         state = {}
-        for name, x in shards.items():
-            whole = torch.cat(x)[:self.n].to(self.master.device) if name != "step" else x[0]
-            state[name] = whole if name == "step" else self.shard(whole)
+        for name, of_ranks in shards.items():
+            if name == "step":
+                state[name] = of_ranks[0]
+            else:
+                whole = torch.cat(of_ranks)[:self.n].to(self.master.device)
+                state[name] = self.shard(whole)
         self.master.data.copy_(state.pop("master"))
         self.adamw.state[self.master] = {name: x.clone() for name, x in state.items()}
 
 
 def group_parameters(model: nn.Module, limit: int) -> list[list[nn.Parameter]]:
     """
-    The trained parameters, in lists of one dtype, matrices or vectors, of at most `limit` elements
-    or one tensor: what a step copies stays small beside a model of billions.
+    The trained parameters in lists of one kind: matrices or vectors, of one dtype. A list has at
+    most `limit` elements or is a single tensor, because a step copies it.
     """
     groups: list[list[nn.Parameter]] = []
-    size, kind = 0, None
+    size, kind = 0, None                                    # of the last list
     trained = [p for p in model.parameters() if p.requires_grad]
-    for p in sorted(trained, key=lambda p: p.ndim < 2):
-        if not groups or kind != (p.ndim < 2, p.dtype) or size + p.numel() > limit:
+    for p in sorted(trained, key=lambda p: p.ndim < 2):     # matrices first
+        if kind != (p.ndim < 2, p.dtype) or size + p.numel() > limit:
             groups.append([])
             size, kind = 0, (p.ndim < 2, p.dtype)
         groups[-1].append(p)
@@ -392,16 +418,17 @@ def group_parameters(model: nn.Module, limit: int) -> list[list[nn.Parameter]]:
 
 class AdamW:
     """
-    AdamW with fp32 masters and moments, sharded over the ranks (ZeRO-1): 12 bytes per parameter,
-    divided by the number of ranks. Weight decay on matrices only.
+    AdamW with fp32 master weights and moments, sharded over the ranks (ZeRO-1): 12 bytes per
+    parameter, divided by the number of ranks. Weight decay on matrices only.
 
-    Without masters bf16 weights do not follow: beside 0.02 they are 1.2e-4 apart, and a step of
-    3e-6 rounds to nothing.
+    bf16 weights need masters: near 0.02, two neighbouring bf16 numbers are 1.2e-4 apart, and an
+    update of 3e-6 would be rounded away.
     """
 
     def __init__(self, model: nn.Module, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0, rank: int = 0, ranks: int = 1,
                  limit: int = 1 << 26):
+        """limit: parameters per bucket."""
         self.buckets = []
         for params in group_parameters(model, limit):
             decay = weight_decay if params[0].ndim >= 2 else 0.0
@@ -419,25 +446,26 @@ class AdamW:
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's shard as a checkpoint keeps it: <bucket>.<name>."""
+        """What a checkpoint keeps of this rank's shards: <bucket>.<name> -> tensor."""
         return {f"{i}.{name}": x for i, bucket in enumerate(self.buckets)
                 for name, x in bucket.state().items()}
 
     def load(self, paths: list[Path]) -> None:
         """
-        The files of all ranks that wrote a checkpoint, in their order. Raises ValueError for those
-        of another model.
+        paths: the files of all ranks that saved a checkpoint, in their order. Raises ValueError for
+        those of another model.
         """
+        names = sorted(self.state())
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-            names = sorted(self.state())
             for file in files:
                 if sorted(file.keys()) != names:
                     raise ValueError(f"its optimizer has {len(file.keys())} tensors, not "
                                      f"{len(names)}")
             for i, bucket in enumerate(self.buckets):
                 n = sum(file.get_slice(f"{i}.master").get_shape()[0] for file in files)
-                if not 0 <= n - bucket.n < len(files):          # each rank pads by less than one
+                padding = n - bucket.n
+                if not 0 <= padding < len(files):
                     raise ValueError(f"bucket {i} of its optimizer has {n} elements, not "
                                      f"{bucket.n}")
                 bucket.load({name: [file.get_tensor(f"{i}.{name}") for file in files]
@@ -454,7 +482,7 @@ def learning_rate(step: int, config) -> float:
 
 # ------------------------------------------------------------------ a run
 
-PATIENCE = 10       # steps in a row without a finite loss and gradient, then the run gives up
+PATIENCE = 10       # the run ends after so many steps in a row without a finite loss and gradient
 
 
 class Run:
@@ -462,44 +490,46 @@ class Run:
     The toolbox of a training loop in `folder`: it resumes from the last checkpoint, updates the
     weights, logs and saves.
 
-    Iterating over it gives the steps still to do. After each, the log's line is written and a
-    checkpoint where one is due. SIGTERM or Ctrl-C end the run after the current step, with a
-    checkpoint; a second one ends it at once.
+    Iterating over it gives the steps still to do. After each, a line is added to log.jsonl and,
+    every config.save_every steps, a checkpoint is saved. SIGTERM or Ctrl-C end the run after the
+    current step, with a checkpoint (a second one at once).
 
-    `log.jsonl` holds one object per step. Lines of steps that are repeated after a crash are
-    dropped first: every step is in it once. A progress bar shows the metrics named in `show`. Only
-    rank 0 writes either.
+    The log holds every step once: lines after the checkpoint that is resumed from are dropped. A
+    progress bar shows the metrics named in `show`. Only rank 0 writes them.
     """
 
     def __init__(self, folder: Path, model: nn.Module, config, world: World,
                  show: tuple[str, ...] = ("loss",)):
         self.folder, self.model, self.config, self.world = folder, model, config, world
-        self.show = show                    # the metrics of the progress bar
+        self.show = show
         self.optimizer = AdamW(model, (config.beta1, config.beta2), config.eps,
                                config.weight_decay, world.rank, world.size)
         self.first = checkpoint.resume(folder, model, self.optimizer, config, world)
-        self.current, self.skipped, self.stopping, self.line = self.first, 0, False, {}
+        self.current = self.first           # the step in progress
+        self.line = {}                      # its line in the log
+        self.skipped = 0                    # steps in a row, up to now, that were not finite
+        self.stopping = False               # whether a signal came
 
     # -- what a loop calls
 
     def accumulate(self, micro_batches: Iterable, model: nn.Module) -> Iterator:
         """
-        Gradient accumulation: yields the micro-batches, of which there are as many on every rank.
-        DDP (model) averages the gradients over the ranks in the backward pass of the last one only.
+        Gradient accumulation: yields the micro-batches, as many on every rank. DDP (`model`)
+        averages the gradients over the ranks in the backward pass of the last one only.
         """
         micro_batches = list(micro_batches)
         for i, micro_batch in enumerate(micro_batches):
-            last = i + 1 == len(micro_batches)
-            model.require_backward_grad_sync = last         # DDP reads it; others ignore it
+            is_last = i + 1 == len(micro_batches)
+            model.require_backward_grad_sync = is_last      # an attribute of DDP's
             yield micro_batch
 
     def step(self, loss: Tensor, **metrics) -> bool:
         """
-        Clips the gradients, takes one AdamW step and clears them -> whether it was taken. For the
-        log: loss, this rank's sum / the global batch, and other metrics.
+        Clips the norm of the gradients, takes one AdamW step and clears them. loss: this rank's,
+        which is added up over the ranks here. metrics: logged as they are.
 
-        A loss or gradient that is not finite is skipped, by all ranks together; UserError after
-        PATIENCE in a row.
+        Returns whether the step was taken. One whose loss or gradient is not finite is skipped, by
+        all ranks together; UserError after PATIENCE in a row.
         """
         loss = self.world.all_reduce(loss)
         gradients = [p.grad for p in self.optimizer.params if p.grad is not None]
@@ -522,27 +552,28 @@ class Run:
         return finite
 
     def log(self, **metrics) -> None:
-        """Adds metrics (numbers, or tensors of one) to the line of this step."""
+        """Adds metrics (numbers, or tensors of one) to this step's line of the log."""
         self.line |= metrics
 
-    # -- the steps
+    # -- from step to step
 
     def __iter__(self) -> Iterator[int]:
-        for self.current in range(self.first, self.config.steps):
-            yield self.current
+        for step in range(self.first, self.config.steps):
+            self.current = step
+            yield step
             self._write_line()
-            done = self.current + 1
+            done = step + 1
             stopping = torch.tensor(float(self.stopping), device=self.world.device)
-            stop = self.world.all_reduce(stopping) > 0          # on any rank
+            stop = self.world.all_reduce(stopping) > 0          # a signal came to any rank
             if stop or done % self.config.save_every == 0 or done == self.config.steps:
-                checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, self.current,
+                checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, step,
                                            self.config, self.world)
             if stop:
                 raise KeyboardInterrupt
 
     def __enter__(self) -> "Run":
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():   # no other may set them
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.handlers[number] = signal.signal(number, self._stop)
         if self.world.is_main:
@@ -551,7 +582,7 @@ class Run:
             with checkpoint.replacing(path) as part:
                 part.write_text("".join(line + "\n" for line in lines[:self.first]))
             self.file = open(path, "a")
-            interval = 0.2 if sys.stderr.isatty() else 10       # in a file: a line every 10 seconds
+            interval = 0.2 if sys.stderr.isatty() else 10       # seconds
             self.bar = tqdm(total=self.config.steps, initial=self.first, desc=self.folder.name,
                             ncols=100, unit="step", mininterval=interval)
         self.time = time.perf_counter()
@@ -559,7 +590,7 @@ class Run:
 
     def _stop(self, number, frame) -> None:
         self.stopping = True
-        signal.signal(number, self.handlers[number])            # the second signal ends the process
+        signal.signal(number, self.handlers[number])            # the second one ends the process
 
     def __exit__(self, *_) -> None:
         for number, handler in self.handlers.items():
@@ -572,8 +603,8 @@ class Run:
         now = time.perf_counter()
         line = {k: v.item() if isinstance(v, Tensor) else v for k, v in self.line.items()}
         if self.world.is_main:
-            whole = {"step": self.current} | line | {"step_time": now - self.time}
-            self.file.write(json.dumps({k: _short(v) for k, v in whole.items()}) + "\n")
+            logged = {"step": self.current} | line | {"step_time": now - self.time}
+            self.file.write(json.dumps({k: _rounded(v) for k, v in logged.items()}) + "\n")
             self.file.flush()
             shown = {name: f"{line[name]:.3g}" for name in self.show if name in line}
             self.bar.set_postfix(shown, refresh=False)
@@ -581,8 +612,8 @@ class Run:
         self.time, self.line = now, {}
 
 
-def _short(x):
-    """A float with six digits; as a text where JSON has no number for it."""
+def _rounded(x):
+    """A float with six digits, or as text if it is NaN or infinite, which JSON cannot hold."""
     if not isinstance(x, float):
         return x
     return float(f"{x:.6g}") if math.isfinite(x) else str(x)

@@ -489,7 +489,7 @@ def ensure(config, world: train.World) -> VAE:
               f"medium-diffusers (python ddt.py --preset paper --out {config.out} --vae DIR)")
         own = train.stage_config("vae", Config, PRESETS, config, size=config.size,
                                  clips=config.clips)
-        multiple = 2 ** (own.levels - 1) * config.patch     # known before the VAE is trained
+        multiple = 2 ** (own.levels - 1) * config.patch     # refused before, not after, training
         check(config.size % multiple == 0, f"--size {config.size}: must be a multiple of "
               f"{multiple}, by which the VAE and patches of {config.patch} divide it")
         world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")

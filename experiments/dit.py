@@ -301,7 +301,7 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
                 with world.autocast():
                     latent = dit.latent(frames.unflatten(0, (len(i), FRAMES))).float()
                     loss = model(latent, level, eps).sum() / B
-                (loss * world.size).backward()              # DDP averages over ranks; this: the sum
+                (loss * world.size).backward()              # times ranks: a sum, not DDP's average
                 total += loss.detach()
             run.step(total)
 

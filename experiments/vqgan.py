@@ -166,7 +166,7 @@ def train_vqgan(config: Config, world: train.World) -> VQGAN:
             with world.autocast():
                 out = model(frames, variance)
             loss = out["loss"].sum() / B
-            (loss * world.size).backward()                  # DDP averages over ranks; this: the sum
+            (loss * world.size).backward()                  # times ranks: a sum, not DDP's average
             taken = run.step(loss)
 
             codes = out["codes"].flatten()
