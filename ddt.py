@@ -86,7 +86,7 @@ class Config:
     vae: str = ""               # folder of a VAE in diffusers' layout (empty: <out>/vae)
     # model
     queries: int = 4            # tokens per frame, K
-    code_dim: int = 3           # dimensions of a code; of 3 an angle is left (4 in the file's head)
+    code_dim: int = 3           # dimensions of a code; of 3 an angle is left (head of ddt.py, 4)
     prefix: str = "growing"     # tokens that the decoder is given in training: growing, or all
     order: str = "forward"      # codes as encode returns them: forward (token 1 first) or reverse
     patch: int = 2              # cells of the latent per side of a patch

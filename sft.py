@@ -17,7 +17,7 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 6. Evaluation is by greedy decoding.
 
     python sft.py                       # trains <out>/sft (and first what is missing of vae, ddt)
-    python sft.py --llm DIR             # from the weights of a Llama or Qwen2 (lm.py)
+    python sft.py --llm DIR             # from the weights of a Llama or Qwen2 (weights.py)
 
 Expected at `tiny` on 2 CPU cores: 7 to 14 minutes, of them 1 to 2 for the tokens; loss 1.4 nats per
 token, drift_error 0.24 to 0.29 on iid clips.

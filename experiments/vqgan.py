@@ -15,8 +15,9 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 2. Quantization starts after a tenth of the training: a convolution depends on the picture at once.
 3. One linear layer serves all cells: a ball looks the same in every one.
 
-    python -m experiments.vqgan                        # trains <out>/vqgan, for experiments.figures
-    python sft.py --tokenizer vqgan --out runs/tiny-vqgan   # and the language model on its tokens
+    python -m experiments.vqgan --steps 1500 --out runs/vqgan   # the tokenizer alone
+    python sft.py --tokenizer vqgan --out runs/vqgan            # and the language model on its tokens
+    python grpo.py --tokenizer vqgan --out runs/vqgan           # and RL
 
 Axes: B batch, C channels, H W pixels, K = cells of the grid, D width, V codes.
 """
