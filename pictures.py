@@ -16,8 +16,12 @@ from checkpoint import replacing
 from evaluate import EVAL_SEED, Predictor
 from sim import CONDITION, DT, WORLD, Clips, render, sample, to_uint8
 
-INK, GREY, BLUE = (30, 30, 30), (190, 190, 190), (0, 90, 180)
-FONT_SIZE, LINE, GAP = 26, 36, 8        # pixels before the reduction; LINE is the height of a line
+INK = (30, 30, 30)
+GREY = (190, 190, 190)
+BLUE = (0, 90, 180)
+FONT = ImageFont.load_default(size=26)
+LINE = 36                               # height of a line of text in pixels before the reduction
+GAP = 8
 
 
 def save_picture(path, picture: Image.Image, **options) -> None:
@@ -28,18 +32,22 @@ def save_picture(path, picture: Image.Image, **options) -> None:
         picture.save(part, format=path.suffix[1:], **options)
 
 
-def _true_balls(truth: list[Clips], i: int, f: int) -> list[tuple[Tensor, Tensor]]:
+def _true_balls(truth, i, f):
     """Centre (2,) and radius () of each ball of clip i in frame f; no ball if `truth` is empty."""
-    return list(zip(truth[i].position[0, f], truth[i].radius[0])) if truth else []
+    if not truth:
+        return []
+    clip = truth[i]
+    return list(zip(clip.position[0, f], clip.radius[0]))
 
 
-def _draw_frame(frame: Tensor, balls: list, side: int, given: bool) -> Image.Image:
+def _draw_frame(frame, balls, side, given):
     """A frame (3, H, W) with the outlines of balls and a border, which is blue if it is given."""
     pixels = to_uint8(frame).permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(pixels).resize((side, side), Image.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for center, radius in balls:
-        x, y, r = (value * side / WORLD for value in (*center.tolist(), radius.item()))
+        x, y = center.tolist()
+        x, y, r = [value * side / WORLD for value in (x, y, radius.item())]
         y = side - y                                   # row 0 is on top
         draw.ellipse((x - r, y - r, x + r, y + r), outline=INK, width=3)
     color, width = (BLUE, 6) if given else (GREY, 2)
@@ -47,8 +55,7 @@ def _draw_frame(frame: Tensor, balls: list, side: int, given: bool) -> Image.Ima
     return picture
 
 
-def _draw_table(groups: list, columns: list[str], spans: list, given: int,
-                pixels: int) -> Image.Image:
+def _draw_table(groups, columns, spans, given, pixels):
     """
     A table of frames, `pixels` wide each, with labelled rows and columns.
 
@@ -57,9 +64,9 @@ def _draw_table(groups: list, columns: list[str], spans: list, given: int,
     spans: (text, first, end), a heading over the columns first to end - 1. given: number of columns
     with a blue border.
     """
-    font = ImageFont.load_default(size=FONT_SIZE)
     side = 2 * pixels
-    label_width = max(font.getlength(label) for _, rows, _ in groups for label in rows)
+    labels = [label for _, rows, _ in groups for label in rows]
+    label_width = max(FONT.getlength(label) for label in labels)
     left = GAP + int(label_width) // 2 * 2             # even: frames stay sharp when reduced
     if label_width > 0:
         left += 2 * GAP
@@ -75,30 +82,42 @@ def _draw_table(groups: list, columns: list[str], spans: list, given: int,
             height += LINE + GAP
     canvas = Image.new("RGB", (x[-1], height), "white")
     draw = ImageDraw.Draw(canvas)
-
-    for text, first, end in spans:
-        color = BLUE if first < given else INK
-        right = x[end] - GAP
-        draw.text(((x[first] + right) / 2, LINE), text, color, font, anchor="ms")
-        draw.line((x[first], LINE + GAP, right - 1, LINE + GAP), color, width=3)
-    for column, heading in enumerate(columns):
-        for i, text in enumerate(reversed(heading.splitlines())):      # from the lowest line up
-            place = (x[column] + side / 2, top - GAP - i * LINE)
-            draw.text(place, text, INK, font, anchor="ms")
+    _draw_spans(draw, spans, x, given)
+    _draw_headings(draw, columns, x, side, top - GAP)
 
     y = top
     for title, rows, balls in groups:
         if title:
             y += LINE + GAP
-            draw.text((left, y - GAP), title, INK, font, anchor="ls", stroke_width=0.5)
+            draw.text((left, y - GAP), title, INK, FONT, anchor="ls", stroke_width=0.5)
         for label, frames in rows.items():
-            draw.text((left - 2 * GAP, y + pixels), label, INK, font, anchor="rm")
+            draw.text((left - 2 * GAP, y + pixels), label, INK, FONT, anchor="rm")
             for column, frame in enumerate(frames):
                 picture = _draw_frame(frame, balls[column], side, column < given)
                 canvas.paste(picture, (x[column], y))
             y += side + GAP
         y += 2 * GAP
     return canvas.reduce(2)
+
+
+def _draw_spans(draw, spans, x, given):
+    """Headings over several columns, underlined, blue over given ones; x: where columns begin."""
+    for text, first, end in spans:
+        color = BLUE if first < given else INK
+        start = x[first]
+        stop = x[end] - GAP
+        middle = (start + stop) / 2
+        draw.text((middle, LINE), text, color, FONT, anchor="ms")
+        draw.line((start, LINE + GAP, stop - 1, LINE + GAP), color, width=3)
+
+
+def _draw_headings(draw, columns, x, side, bottom):
+    """The heading of each column, begun at x; its last line is at `bottom`."""
+    for start, heading in zip(x, columns):
+        y = bottom
+        for text in reversed(heading.splitlines()):
+            draw.text((start + side / 2, y), text, INK, FONT, anchor="ms")
+            y -= LINE
 
 
 def save_strip(path, videos: dict[str, Tensor], names: list[str], *, truth: list[Clips] = (),
@@ -141,18 +160,25 @@ def save_gif(path, videos: dict[str, Tensor], names: list[str], *, truth: list[C
     for f in range(F):
         rows = {label: video[:, f] for label, video in videos.items()}
         balls = [_true_balls(truth, i, f) for i in range(n)]
-        text = f"{DT * f:.1f} s"
-        if given:
-            text = f"{'given' if f < given else 'predicted'}, {text}"
-        blue = n if f < given else 0                   # all columns or none
-        images.append(_draw_table([("", rows, balls)], names, [(text, 0, n)], blue, pixels))
+        time = f"{DT * f:.1f} s"
+        blue = 0                                       # number of columns with a blue border
+        if f < given:
+            time = f"given, {time}"
+            blue = n
+        elif given:
+            time = f"predicted, {time}"
+        groups = [("", rows, balls)]
+        spans = [(time, 0, n)]
+        image = _draw_table(groups, names, spans, blue, pixels)
+        images.append(image)
 
     # All images as one, below each other, get one palette of 64 colours.
     stack = np.concatenate(images)
     stack[stack >= 248] = 255                          # noise too faint to be seen triples the file
     stack = Image.fromarray(stack).quantize(64, dither=Image.Dither.NONE)
     width, height = images[0].size
-    first, *others = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(F)]
+    tops = range(0, F * height, height)
+    first, *others = [stack.crop((0, top, width, top + height)) for top in tops]
     hold = {given - 1: 500, F - 1: 1500}               # milliseconds
     duration = [hold.get(f, int(1000 * DT)) for f in range(F)]
     save_picture(path, first, save_all=True, append_images=others, duration=duration, loop=0)
@@ -163,12 +189,16 @@ def save_predictions(out: Path, predictors: dict[str, Predictor], scenario: str,
     """<out>/clips.gif and clips.png: a held-out clip of each of five splits, true and predicted."""
     splits = ("posttrain", "iid", "fast", "large", "slow")
     clips = [sample(scenario, split, 1, EVAL_SEED) for split in splits]
-    frames = torch.cat([render(c.position, c.radius, size) for c in clips]).to(device)
+    frames = [render(clip.position, clip.radius, size) for clip in clips]
+    frames = torch.cat(frames).to(device)
     videos = {"truth": frames}
     for name, predict in predictors.items():
         videos[name] = predict(frames[:, :CONDITION])
-    titles = [f"{split}\nradius {c.radius[0, 0]:.1f}, speed {c.velocity[0, 0]:.1f}"
-              for split, c in zip(splits, clips)]
+    titles = []
+    for split, clip in zip(splits, clips):
+        radius = clip.radius[0, 0]
+        speed = clip.velocity[0, 0]
+        titles.append(f"{split}\nradius {radius:.1f}, speed {speed:.1f}")
     save_gif(out / "clips.gif", videos, titles, truth=clips, given=CONDITION)
     save_strip(out / "clips.png", videos, titles, truth=clips, given=CONDITION)
     print(f"\nresults: {out}/results.json   pictures: {out}/clips.gif, {out}/clips.png")
