@@ -56,9 +56,6 @@ import checkpoint
 import sim
 from checkpoint import UserError, check
 
-# names that torch 2.13 gives up and older versions need
-warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|broadcast_buffers)", FutureWarning)
-
 
 def cli(main) -> None:
     """Runs a script's main(). Errors that the user can put right print one line, no traceback."""
@@ -295,6 +292,8 @@ def start(seed: int, out: str = "") -> World:
         # if a rank hangs in a step, the others give up after a minute
         dist.init_process_group("nccl" if gpus else "gloo", timeout=minute)
         _slow_group = dist.new_group(backend="gloo", timeout=day)
+    # names that torch 2.13 gives up and older versions need
+    warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|broadcast_buffers)", FutureWarning)
     torch.manual_seed(seed)                 # the same initial weights on every rank
     world = World(rank, size, device)
     if out:
