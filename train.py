@@ -577,9 +577,11 @@ class Run:
                 self.handlers[number] = signal.signal(number, self._stop)
         if self.world.is_main:
             path = self.folder / "log.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
+            kept = []                                           # a new run starts a new log
+            if self.first and path.exists():
+                kept = path.read_text().splitlines()[:self.first]
             with checkpoint.replacing(path) as part:
-                part.write_text("".join(line + "\n" for line in lines[:self.first]))
+                part.write_text("".join(line + "\n" for line in kept))
             self.file = open(path, "a")
             interval = 0.2 if sys.stderr.isatty() else 10       # seconds
             self.bar = tqdm(total=self.config.steps, initial=self.first, desc=self.folder.name,

@@ -504,6 +504,14 @@ def test_log_has_every_step_once(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
+def test_a_new_run_does_not_read_the_old_log(tmp_path):
+    """Whatever is in it: a damaged log must not stop --fresh."""
+    (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe\x00 no text")
+    with train.Run(tmp_path, mlp(), Config(steps=9, fresh=True), ALONE):
+        pass
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
 def test_log_is_written_step_by_step(tmp_path):
     with train.Run(tmp_path, mlp(), Config(), ALONE) as run:
         for step in run:
