@@ -681,7 +681,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
         tokenizer = DDT(config, vae).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    weights = Path(config.out, "vae", vae_stage.WEIGHTS)
+    weights = vae_stage.weights_of(config.out)
     folder = checkpoint.start_stage(Path(config.out, "ddt"), config, world, vae=weights)
 
     B, data = config.batch, Frames(config, world.device)
@@ -827,7 +827,7 @@ def ensure(config, world: train.World) -> DDT:
     if not (folder / MODEL).exists():
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         run_stage(train.stage_config("ddt", Config, PRESETS, config), world)
-    weights = Path(config.out, "vae", vae_stage.WEIGHTS)
+    weights = vae_stage.weights_of(config.out)
     if weights.exists():
         checkpoint.check_provenance(folder, vae=weights)
     tokenizer = DDT.load(folder).to(world.device)
@@ -865,12 +865,13 @@ def run_stage(config: Config, world: train.World) -> None:
     folder, names = Path(config.out, "ddt"), train.scenarios(config.scenario)
     vae = vae_stage.ensure(config, world)
     if checkpoint.is_trained(folder, MODEL, config, world):
-        checkpoint.check_provenance(folder, vae=Path(config.out, "vae", vae_stage.WEIGHTS))
+        checkpoint.check_provenance(folder, vae=vae_stage.weights_of(config.out))
         tokenizer = DDT.load(folder).to(world.device)
     else:
         tokenizer = train_ddt(config, vae, world)
-    world.print0(evaluate.table(report(config, tokenizer, world)))
+    results = report(config, tokenizer, world)
     if world.is_main:
+        print(evaluate.table(results))
         for name in names:
             median, used = center_error(tokenizer, name, world.device)
             print(f"\n{name}: median centre error {median:.4f} world units, {used} codes in use")

@@ -361,7 +361,8 @@ def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
         model = train_sft(config, tokenizer, world)
     predictors = {"SFT": predictor(model, tokenizer)}
     results = evaluate.add_rows(config, predictors, tokenizer.config.size, world)
-    world.print0(evaluate.table(results))
+    if world.is_main:
+        print(evaluate.table(results))
     return model
 
 

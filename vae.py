@@ -305,6 +305,11 @@ SUPPORTED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3,
              "mid_block_add_attention": True}
 
 
+def weights_of(out: str) -> Path:
+    """The VAE's weights in the run folder `out`: what later stages were trained from."""
+    return Path(out, "vae", WEIGHTS)
+
+
 def load_vae(folder) -> VAE:
     config, tensors = load_folder(folder, WEIGHTS)
     path = f"{folder}/config.json"
@@ -544,7 +549,9 @@ def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
     world = train.start(config.seed, config.out)
-    world.print0(evaluate.table(report(config, run_stage(config, world), world)))
+    results = report(config, run_stage(config, world), world)
+    if world.is_main:
+        print(evaluate.table(results))
 
 
 if __name__ == "__main__":

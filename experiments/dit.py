@@ -271,7 +271,7 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
         dit = DiT(config, vae).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    weights = Path(config.out, "vae", vae_stage.WEIGHTS)
+    weights = vae_stage.weights_of(config.out)
     folder = checkpoint.start_stage(Path(config.out, "dit"), config, world, vae=weights)
 
     B, data = config.batch, Frames(config, world.device)
@@ -324,13 +324,15 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(c.out)
     vae = vae_stage.ensure(config, world)
     if checkpoint.is_trained(out / "dit", ddt.MODEL, c, world):
-        checkpoint.check_provenance(out / "dit", vae=out / "vae" / vae_stage.WEIGHTS)
+        checkpoint.check_provenance(out / "dit", vae=vae_stage.weights_of(c.out))
         dit = DiT.load(out / "dit").to(world.device)
         dit.config.calls = c.calls
     else:
         dit = train_dit(config, vae, world)
     predictors = {f"DiT, {c.calls} calls": dit.predictor()}
-    world.print0(evaluate.table(evaluate.add_rows(c, predictors, c.size, world)))
+    results = evaluate.add_rows(c, predictors, c.size, world)
+    if world.is_main:
+        print(evaluate.table(results))
 
 
 if __name__ == "__main__":

@@ -209,8 +209,9 @@ def run_stage(config: Config, world: train.World) -> None:
         vqgan = VQGAN.load(folder).to(world.device)
     else:
         vqgan = train_vqgan(config, world)
-    world.print0(evaluate.table(report(config, vqgan, world)))
+    results = report(config, vqgan, world)
     if world.is_main:
+        print(evaluate.table(results))
         for name in train.scenarios(config.scenario):
             median, used = ddt.center_error(vqgan, name, world.device)
             print(f"\n{name}: median centre error {median:.4f} world units, {used} codes in use")
