@@ -18,7 +18,7 @@ from torch import Tensor
 import reward
 import sim
 from checkpoint import read_json, write_json
-from sim import CONDITION
+from sim import CONDITION, FRAMES
 
 Predictor = Callable[[Tensor], Tensor]      # the first frames of clips -> all their frames
 EVAL_SEED = 1_000_003       # seed of the clips of all tables: held out, no training uses it
@@ -38,8 +38,12 @@ def evaluate(predict: Predictor, scenario: str, split: str, n: int, seed: int = 
     Returns the mean of each measure of reward.errors and reward.reward, its standard error as
     `<name>_se`, n (clips with a velocity_error) and left_out (clips without one). With `each` also
     the PAIRED measures of every clip, NaN where the clip is left out.
-    Raises ValueError for an unknown split, n < 1, and a prediction of a wrong shape or with NaN.
+    Raises ValueError for an unknown split, n < 1, and a prediction of a wrong shape, with NaN or
+    outside [0, 1].
     """
+    if not 1 <= shown <= FRAMES or batch < 1:
+        raise ValueError(f"shown = {shown}, batch = {batch}: at least 1 each, and shown at most "
+                         f"{FRAMES}")
     clips = sim.sample(scenario, split, n, seed)
     batches = []
     for i in range(0, n, batch):
@@ -49,8 +53,7 @@ def evaluate(predict: Predictor, scenario: str, split: str, n: int, seed: int = 
         if predicted.shape != frames.shape:
             raise ValueError(f"predict returned {tuple(predicted.shape)}, "
                              f"expected {tuple(frames.shape)}")
-        if not torch.isfinite(predicted).all():
-            raise ValueError("predict returned NaN or infinity")
+        sim.check_frames(predicted)
         predicted = _round(predicted)
         balls = reward.detect(predicted, truth.radius.shape[1])
         errors = reward.errors(predicted, truth, balls)

@@ -59,16 +59,13 @@ def detect(frames: Tensor, n_balls: int) -> tuple[Tensor, Tensor, Tensor]:
     2. The pixels that are more than half covered give a rough disc.
     3. The coverage within this disc and a margin gives the precise centre and area. Noise elsewhere
        in the frame has no influence.
-    Raises ValueError for a wrong shape, integers or NaN.
+    Raises ValueError for a wrong shape, integers, NaN, and values outside [0, 1].
     """
     if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape[3] != frames.shape[4]:
         raise ValueError(f"frames must be (B, F, 3, H, W) with H = W; got {tuple(frames.shape)}")
     if n_balls not in (1, 2):
         raise ValueError(f"n_balls = {n_balls}: a clip has one (red) or two (red, blue) balls")
-    if not frames.is_floating_point():
-        raise ValueError(f"frames are {frames.dtype}: give floats in [0, 1]")
-    if not torch.isfinite(frames).all():
-        raise ValueError("frames hold NaN or infinity: nothing can be measured in them")
+    sim.check_frames(frames)
     size = frames.shape[-1]
     red, green, blue = frames.float().unbind(2)                       # (B, F, H, W)
     red_ball = (red - green).minimum(1 - blue)
@@ -116,7 +113,13 @@ def _compare(frames: Tensor, clips: Clips, balls: tuple | None) -> Comparison:
     if frames.shape[:2] != (len(clips), FRAMES):
         raise ValueError(f"{len(clips)} clips of {FRAMES} frames cannot be compared with frames of "
                          f"shape {tuple(frames.shape)}")
+    if clips.position.shape[1] != FRAMES:
+        raise ValueError(f"the clips have {clips.position.shape[1]} positions, not {FRAMES}: "
+                         "simulate them with sim.play")
     center, radius, found = balls or detect(frames, clips.radius.shape[1])
+    if center.shape != clips.position.shape:
+        raise ValueError(f"balls {tuple(center.shape)} are not those of clips "
+                         f"{tuple(clips.position.shape)}")
     found_pair = found[:, 1:] & found[:, :-1]
 
     step, true_step = center.diff(dim=1), clips.position.diff(dim=1)  # (B, F-1, N, 2)
@@ -193,6 +196,8 @@ def reward(frames: Tensor, clips: Clips, horizon: int = 0,
     or no pair counts. horizon > 0 adds `ahead` (B, F): for each frame f the reward computed from
     the frames f to f + horizon - 1 only, NaN where none of them counts. balls: as for `errors`.
     """
+    if not 0 <= horizon <= FRAMES:
+        raise ValueError(f"horizon = {horizon}: 0 to the {FRAMES} frames of a clip")
     compared = _compare(frames, clips, balls)
     frame_mask = _frame_mask(clips)                                   # (B, F, N)
     pair_mask = _pair_mask(clips, only_after_impact=False)            # (B, F-1, N)
@@ -264,8 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=16, help="clips per row (default: 16)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.size < 16:
-        parser.error(f"--size {args.size}: use at least 16 pixels")
+    if not 16 <= args.size <= sim.SIZES[1]:
+        parser.error(f"--size {args.size}: use 16 to {sim.SIZES[1]} pixels")
     for scenario in sim.SCENARIOS:
         title = f"\n{scenario}, {args.size} pixels, {args.n} clips"
         print(title.ljust(34) + "".join(f"{name:>16s}" for name in COLUMNS))

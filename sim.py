@@ -42,6 +42,8 @@ WORLD = 10.0            # side of the square view
 DT = 0.1                # seconds between frames
 FRAMES = 32             # frames of a clip
 CONDITION = 3           # number of first frames that a model is given
+SIZES = (8, 1024)       # pixels per side: the smallest and the largest frames
+MOST_CLIPS = 10_000_000         # of a sample: more would not fit into memory
 GRAVITY = 2.5           # units / s^2, in the parabola only
 
 # PhyWorld's rules for the initial position
@@ -54,6 +56,11 @@ DROP = 1.5              # units: largest distance from a thrown ball to the view
 # (change of velocity) * DT / SUBSTEPS: about 0.006 at the fastest impact of any split.
 SUBSTEPS = 250          # solver steps per frame
 SCENES = 512            # clips that are simulated in one pymunk Space: a Space per clip is slow
+
+# What `simulate` is sure of: a smaller or faster ball could pass another one between two steps.
+LEAST_RADIUS = 0.05     # units
+TOP_SPEED = 100.0       # units per second
+FARTHEST = 1000.0       # units: largest coordinate of a centre
 
 # ------------------------------------------------------------------ splits
 
@@ -149,7 +156,8 @@ def sample(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
 
     split: pretrain, posttrain, iid, slow, fast, small, large, one of the `levels`, or ood: all
     levels, one after the other, in equal shares.
-    Raises ValueError for an unknown scenario or split, for n < 1 and for seed < 0.
+    Raises ValueError for an unknown scenario or split, for seed < 0, for n < 1 and for an n that no
+    memory holds.
     """
     return play(first_frames(scenario, split, n, seed))
 
@@ -160,8 +168,8 @@ def first_frames(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
     if split not in known and split != "ood":
         choices = ", ".join(["ood", *known])
         raise ValueError(f"unknown split {split!r} of {scenario}: choose one of {choices}")
-    if n < 1:
-        raise ValueError(f"n = {n}: a sample needs at least one clip")
+    if not 1 <= n <= MOST_CLIPS:
+        raise ValueError(f"n = {n}: a sample has at least one clip, and at most {MOST_CLIPS}")
     if seed < 0:
         raise ValueError(f"seed = {seed}: must be at least 0")
 
@@ -270,13 +278,16 @@ def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor,
 
     radius (B, N), velocity (B, N; the initial speed) and start (B, N, 2; the centres at t = 0).
     scenes: number of clips that share a Space.
-    Raises ValueError for wrong shapes, non-finite values, radius <= 0 and velocity < 0, for which
-    pymunk would abort the process or compute nonsense, and for balls that reach above or below the
-    view or start at different heights, which could hit balls of other clips.
+    Raises ValueError for wrong shapes, non-finite values, and numbers so small or large that pymunk
+    would abort the process or compute nonsense; for balls that reach above or below the view or
+    start at different heights, which could hit balls of other clips; and for balls that overlap or
+    are not in their order, the first on the left.
     """
     radius, velocity, start = (torch.as_tensor(x, dtype=torch.float64).cpu()
                                for x in (radius, velocity, start))
     _check_states(scenario, radius, velocity, start)
+    if min(substeps, scenes) < 1:
+        raise ValueError(f"substeps = {substeps}, scenes = {scenes}: at least one of each")
     positions = []
     for i in range(0, len(radius), scenes):
         part = slice(i, i + scenes)
@@ -294,12 +305,20 @@ def _check_states(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor
         raise ValueError(f"{scenario} needs radius (B, {N}), velocity (B, {N}), start (B, {N}, 2) "
                          f"with B > 0; got {got[0]}, {got[1]}, {got[2]}")
     _check_finite(radius=radius, velocity=velocity, start=start)
-    if (radius <= 0).any() or (velocity < 0).any():
-        raise ValueError("radius must be > 0 and velocity (a speed without direction) >= 0")
-    y = start[..., 1]
+    x, y = start.unbind(-1)                               # (B, N) each
+    if (radius < LEAST_RADIUS).any():
+        raise ValueError(f"radius must be at least {LEAST_RADIUS}")
+    if (velocity < 0).any() or (velocity > TOP_SPEED).any():
+        raise ValueError(f"velocity, a speed without direction, must be from 0 to {TOP_SPEED}")
+    if (x.abs() > FARTHEST).any():
+        raise ValueError(f"start must lie within {FARTHEST} units of the view's left edge")
     if (y < radius).any() or (y > WORLD - radius).any() or (y != y[:, :1]).any():
         raise ValueError("start must lie within the view's height, and both balls of a collision "
                          "at the same height")
+    gap = x.diff(dim=1) - radius.sum(1, keepdim=True)     # (B, N - 1)
+    if (gap < -1e-9).any():                               # 0: they touch
+        raise ValueError("start must have the first ball of a collision on the left of the second, "
+                         "and the two must not overlap")
 
 
 def _check_finite(**tensors: Tensor) -> None:
@@ -394,18 +413,23 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
     position (B, F, N, 2) and radius (B, N) in world units, on any device. The first ball is red,
     the second blue. A pixel on an edge mixes white and the ball's colour by the share of its area
     that the ball covers. This share is an integral: exact along y, a sum of `slices` along x.
-    Raises ValueError for wrong shapes and for NaN.
+    Raises ValueError for wrong shapes, a third ball, radius <= 0, and for what is NaN or infinite
+    in float32.
     """
-    if position.ndim != 4 or position.shape[-1] != 2 or radius.shape != position[:, 0, :, 0].shape:
-        raise ValueError("render needs position (B, F, N, 2) and radius (B, N); "
+    F, N = position.shape[1:3] if position.ndim == 4 else (0, 0)
+    if F < 1 or N not in (1, 2) or position.shape[3] != 2 or radius.shape != (len(position), N):
+        raise ValueError("render needs position (B, F, N, 2) and radius (B, N) of N = 1 or 2 balls; "
                          f"got {tuple(position.shape)} and {tuple(radius.shape)}")
-    _check_finite(position=position, radius=radius)
-    N = radius.shape[1]
+    if min(size, slices) < 1:
+        raise ValueError(f"size = {size}, slices = {slices}: at least one of each")
     scale = size / WORLD                                          # pixels per world unit
     center = (position * scale).float()[..., None, None]          # (B, F, N, 2, 1, 1)
     cx = center[:, :, :, 0]                                       # (B, F, N, 1, 1)
     cy = size - center[:, :, :, 1]                                # row 0 is on top
     r = (radius * scale).float()[:, None, :, None, None]          # (B, 1, N, 1, 1)
+    _check_finite(position=center, radius=r)
+    if (r <= 0).any():
+        raise ValueError("radius must be > 0")
     edge = torch.arange(size, device=position.device, dtype=torch.float32)
     left = edge[None, :]                                          # (1, W)
     top = edge[:, None]                                           # (H, 1)
@@ -425,6 +449,20 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
     return torch.stack([red, green, blue], 2).clamp(0, 1)
 
 
+def check_frames(frames: Tensor) -> None:
+    """ValueError unless frames are floats in [0, 1], or so little outside as noise would be."""
+    if not isinstance(frames, Tensor) or not frames.is_floating_point():
+        kind = getattr(frames, "dtype", type(frames).__name__)
+        raise ValueError(f"frames are {kind}: give a tensor of floats in [0, 1]")
+    if not frames.numel():
+        raise ValueError(f"frames of shape {tuple(frames.shape)}: there is none")
+    low, high = (x.item() for x in frames.aminmax())      # NaN if one is NaN
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError("frames hold NaN or infinity: nothing can be measured in them")
+    if low < -0.15 or high > 1.15:
+        raise ValueError(f"frames must be in [0, 1]; these are from {low:.3g} to {high:.3g}")
+
+
 def to_uint8(frames: Tensor) -> Tensor:
     """Frames in [0, 1] -> 8-bit frames, as a saved picture holds them."""
     return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -439,8 +477,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     import pictures                                               # here: it imports sim itself
     try:
-        if args.size < 8:
-            raise ValueError(f"--size {args.size}: use at least 8 pixels")
+        if not SIZES[0] <= args.size <= SIZES[1]:
+            raise ValueError(f"--size {args.size}: use {SIZES[0]} to {SIZES[1]} pixels")
+        if not args.out:
+            raise ValueError("--out names no folder")
         for scenario in SCENARIOS:
             clips = sample(scenario, args.split, 4, args.seed)
             frames = render(clips.position, clips.radius, args.size)

@@ -68,8 +68,8 @@ def test_evaluate_measures_8_bit_pictures():
         return evaluate.evaluate(predict, "uniform", "iid", 2, size=32, shown=32)
 
     assert result(lambda frames: frames - 0.4 / 255) == result(truth)    # rounded
-    wide = result(lambda frames: 3 * frames - 1)
-    assert wide == result(lambda frames: (3 * frames - 1).clamp(0, 1))
+    wide = result(lambda frames: 1.2 * frames - 0.1)
+    assert wide == result(lambda frames: (1.2 * frames - 0.1).clamp(0, 1))
 
 
 def test_evaluate_counts_clips_that_cannot_be_measured():
@@ -87,6 +87,10 @@ def test_evaluate_counts_clips_that_cannot_be_measured():
     (truth, r"\(2, 3, 3, 16, 16\)"),
     (lambda frames: freeze(frames)[:1], r"\(1, 32, 3, 16, 16\)"),
     (lambda frames: freeze(frames)[:, :, :1], r"\(2, 32, 1, 16, 16\)"),
+    (lambda frames: freeze(frames) * 2 - 1, "from -1 to 1"),
+    (lambda frames: freeze(frames) * 255, "from 0 to 255"),
+    (lambda frames: sim.to_uint8(freeze(frames)), "uint8"),
+    (lambda frames: freeze(frames).numpy(), "float32: give a tensor"),
     (lambda frames: freeze(frames) * math.nan, "NaN"),
     (lambda frames: freeze(frames) + math.inf, "infinity")])
 def test_evaluate_refuses_a_wrong_prediction(predict, culprit):
@@ -101,6 +105,9 @@ def test_evaluate_refuses_bad_arguments():
     for arguments, culprit in cases:
         with pytest.raises(ValueError, match=culprit):
             evaluate.evaluate(freeze, *arguments)
+    for options in ({"shown": 0}, {"shown": 33}, {"batch": 0}):
+        with pytest.raises(ValueError, match="shown = "):
+            evaluate.evaluate(freeze, "uniform", "iid", 1, **options)
 
 
 # ------------------------------------------------------------------ the file of results

@@ -395,6 +395,38 @@ def test_frames_with_nan_are_refused(value):
             measure(frames, truth)
 
 
+@pytest.mark.parametrize("spoil, culprit", [
+    (lambda frames: 2 * frames - 1, "from -1 to 1"),
+    (lambda frames: 255 * frames, "from 0 to 255"),
+    (lambda frames: 255 * frames.double(), "from 0 to 255"),
+    (sim.to_uint8, "uint8"), (lambda frames: frames > 0.5, "bool"),
+    (lambda frames: frames[..., :0, :0], "there is none")])
+def test_frames_of_another_range_are_refused(spoil, culprit):
+    frames = spoil(paint(CLIPS, 16))
+    for measure, truth in ((reward.detect, 1), (reward.errors, CLIPS), (reward.reward, CLIPS)):
+        with pytest.raises(ValueError, match=culprit):
+            measure(frames, truth)
+
+
+def test_frames_of_any_float_type_are_measured():
+    frames = paint(CLIPS, 32)
+    for dtype, close in ((torch.float64, 1e-6), (torch.float16, 0.01), (torch.bfloat16, 0.05)):
+        difference = (reward.reward(frames.to(dtype), CLIPS)["reward"]
+                      - reward.reward(frames, CLIPS)["reward"])
+        assert difference.abs().max() < close
+
+
+def test_what_does_not_belong_together_is_refused():
+    frames = paint(CLIPS, 16)
+    with pytest.raises(ValueError, match="sim.play"):
+        reward.errors(frames, sim.first_frames("uniform", "iid", 2))
+    with pytest.raises(ValueError, match="balls"):
+        reward.errors(frames, CLIPS, reward.detect(frames, 2))
+    for horizon in (-1, 33):
+        with pytest.raises(ValueError, match=f"horizon = {horizon}"):
+            reward.reward(frames, CLIPS, horizon)
+
+
 def test_detect_refuses():
     with pytest.raises(ValueError, match="n_balls = 3"):
         reward.detect(torch.ones(1, 1, 3, 16, 16), 3)
@@ -423,7 +455,8 @@ def test_command():
 
 
 @pytest.mark.parametrize("arguments, culprit", [
-    (["--n", "0"], "n = 0"), (["--size", "3"], "--size 3"), (["--n", "x"], "'x'")])
+    (["--n", "0"], "n = 0"), (["--n", str(10 ** 12)], f"n = {10 ** 12}"), (["--n", "x"], "'x'"),
+    (["--size", "3"], "--size 3"), (["--size", "20000"], "--size 20000")])
 def test_command_refuses(arguments, culprit, capsys):
     with pytest.raises(SystemExit) as stopped:
         reward.main(arguments)

@@ -277,6 +277,7 @@ def test_clips_in_one_space_never_touch(heights):
     (("collision", "ood-rv", 1), "ood-rv"),
     (("uniform", "iid", 0), "n = 0"),
     (("uniform", "iid", -3), "n = -3"),
+    (("uniform", "iid", 10 ** 12), "n = 1000000000000"),
     (("uniform", "iid", 1, -1), "seed = -1")])
 def test_sample_refuses(arguments, culprit):
     with pytest.raises(ValueError, match=culprit):
@@ -292,6 +293,12 @@ GOOD = {"radius": [[1.0]], "velocity": [[2.0]], "start": [[[3.0, 5.0]]]}
     ({"radius": [[-1.0]]}, "radius"),
     ({"radius": [[0.0]]}, "radius"),
     ({"radius": [[INF]]}, "radius"),
+    ({"radius": [[1e-170]]}, "radius must be at least"),
+    ({"radius": [[1e300]]}, "start must lie within the view's height"),
+    ({"velocity": [[1e300]]}, "velocity.* from 0 to"),
+    ({"velocity": [[INF]]}, "velocity"),
+    ({"start": [[[1e300, 5.0]]]}, "start must lie within"),
+    ({"start": [[[-INF, 5.0]]]}, "start"),
     ({"radius": [1.0]}, r"\(1,\)"),
     ({"radius": 1.0}, r"got \(\)"),
     ({"radius": [[1.0, 1.0]]}, r"\(1, 2\)"),
@@ -302,7 +309,7 @@ GOOD = {"radius": [[1.0]], "velocity": [[2.0]], "start": [[[3.0, 5.0]]]}
     ({"start": [[3.0, 5.0]]}, r"\(1, 2\)"),
     ({"start": [[[3.0, 5.0, 1.0]]]}, r"\(1, 1, 3\)")])
 def test_simulate_refuses(bad, culprit):
-    state = {name: torch.tensor(value) for name, value in (GOOD | bad).items()}
+    state = {name: torch.tensor(value, dtype=torch.float64) for name, value in (GOOD | bad).items()}
     with pytest.raises(ValueError, match=culprit):
         sim.simulate("uniform", **state)
 
@@ -315,7 +322,46 @@ def test_simulate_refuses_an_unknown_scenario_and_one_ball_for_a_collision():
         sim.simulate("collision", *state)
 
 
+@pytest.mark.parametrize("x1, x2, met", [
+    (3.0, 4.0, False), (7.0, 3.0, False), (3.0, 3.0, False), (3.0, 4.99, False),
+    (3.0, 5.0, True), (3.0, 5.1, True)])
+def test_balls_of_a_collision_are_apart_and_in_order(x1, x2, met):
+    """Two of radius 1. Those that touch at t = 0 meet then, as in the closed form."""
+    start = torch.tensor([[[x1, 5.0], [x2, 5.0]]], dtype=torch.float64)
+    state = torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), start
+    if not met:
+        with pytest.raises(ValueError, match="must not overlap"):
+            sim.simulate("collision", *state)
+        return
+    clips = sim.Clips("collision", *state[:2], start[:, None], torch.ones(1, 1, 2).bool())
+    assert (sim.simulate("collision", *state) - sim.closed_form(clips)).abs().max() < 0.003
+
+
+@pytest.mark.parametrize("r1, r2", [(0.05, 0.05), (0.05, 4.0), (4.0, 0.05)])
+def test_the_smallest_and_fastest_balls_do_not_pass_each_other(r1, r2):
+    clips = sim.Clips("collision", torch.tensor([[r1, r2]], dtype=torch.float64),
+                      torch.full((1, 2), sim.TOP_SPEED, dtype=torch.float64),
+                      torch.tensor([[[[-10.0, 5], [20.0, 5]]]], dtype=torch.float64),
+                      torch.ones(1, 1, 2).bool())
+    error = (sim.play(clips).position - sim.closed_form(clips)).abs().max()
+    assert error < 4 * sim.TOP_SPEED * sim.DT / sim.SUBSTEPS             # the head of SUBSTEPS
+
+
+def test_solver_options_below_one_are_refused():
+    state = [torch.tensor(value) for value in GOOD.values()]
+    for options in ({"substeps": 0}, {"scenes": 0}):
+        with pytest.raises(ValueError, match="at least one of each"):
+            sim.simulate("uniform", *state, **options)
+
+
 @pytest.mark.parametrize("position, radius, culprit", [
+    (torch.ones(1, 1, 3, 2), torch.ones(1, 3), r"\(1, 1, 3, 2\)"),
+    (torch.ones(1, 0, 1, 2), torch.ones(1, 1), r"\(1, 0, 1, 2\)"),
+    (torch.ones(2, 1, 1, 2), torch.ones(1, 1), r"\(2, 1, 1, 2\)"),
+    (torch.ones(1, 1, 1, 2), torch.zeros(1, 1), "radius must be > 0"),
+    (torch.ones(1, 1, 1, 2), -torch.ones(1, 1), "radius must be > 0"),
+    (torch.ones(1, 1, 1, 2), torch.full((1, 1), 1e300, dtype=torch.float64), "radius holds"),
+    (torch.full((1, 1, 1, 2), 1e300, dtype=torch.float64), torch.ones(1, 1), "position holds"),
     (torch.full((1, 1, 1, 2), NAN), torch.ones(1, 1), "position"),
     (torch.ones(1, 1, 1, 2), torch.full((1, 1), NAN), "radius"),
     (torch.ones(1, 1, 2), torch.ones(1, 1), r"\(1, 1, 2\)"),
@@ -324,6 +370,8 @@ def test_simulate_refuses_an_unknown_scenario_and_one_ball_for_a_collision():
 def test_render_refuses(position, radius, culprit):
     with pytest.raises(ValueError, match=culprit):
         sim.render(position, radius, 32)
+    with pytest.raises(ValueError, match="size = 0"):
+        sim.render(torch.ones(1, 1, 1, 2), torch.ones(1, 1), 0)
 
 
 # ------------------------------------------------------------------ pictures
@@ -418,6 +466,8 @@ def test_command(tmp_path):
 @pytest.mark.parametrize("arguments, culprit", [
     (("--split", "nope"), "'nope'"),
     (("--size", "0"), "--size 0"),
+    (("--size", "20000"), "--size 20000"),
+    (("--out", ""), "--out"),
     (("--out", "/dev/null/x"), "/dev/null")])
 def test_command_refuses(arguments, culprit, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
