@@ -48,6 +48,7 @@ patches, K tokens of a frame, D width of a stream, d of a head, V codes, dim of 
 """
 import dataclasses
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -66,6 +67,7 @@ import sim
 import train
 import vae as vae_stage
 from checkpoint import UserError, check
+from sim import CONDITION
 from vae import VAE, Frames, frames_per_call, load_folder, millions, save_folder
 
 # ------------------------------------------------------------------ config
@@ -595,7 +597,7 @@ class DDT(nn.Module):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """frames (B, 3, H, W) in [0, 1] -> codes (B, K), int64, in config.order."""
-        check_frames(frames, self.config.size)
+        frames = checked_frames(frames, self.config.size)
         return self.ordered(self.quantizer.nearest(self.vectors(self.latent(frames))))
 
     def ordered(self, codes: Tensor) -> Tensor:
@@ -604,15 +606,24 @@ class DDT(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, steps: int = 1,
-               generator: torch.Generator | None = None) -> Tensor:
-        """codes (B, K) -> frames (B, 3, H, W) in [0, 1], from noise that the generator draws."""
-        check_codes(codes, self.config.queries, len(self.quantizer.codebook))
+               generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """
+        codes (B, K), of any integer type -> frames (B, 3, H, W) in [0, 1], from noise that the
+        generator draws. A list of generators: each draws for an equal share of the rows, a clip.
+        """
+        codebook = self.quantizer.codebook
+        codes = checked_codes(codes, self.config.queries, len(codebook)).to(codebook.device)
         if steps < 1:
             raise ValueError(f"steps = {steps}: at least one call of the decoder")
+        generators = generator if isinstance(generator, list) else [generator]
+        if not generators or len(codes) % len(generators):
+            raise ValueError(f"{len(codes)} frames cannot be shared by {len(generators)} "
+                             "generators")
         channels, side = self.vae.config["latent_channels"], self.config.size // self.vae.shrink
-        noise = torch.randn(len(codes), channels, side, side, generator=generator,
-                            device=codes.device)
-        tokens = self.quantizer.codebook[self.ordered(codes).long()]            # (B, K, dim)
+        shape = (len(codes) // len(generators), channels, side, side)
+        noise = torch.cat([torch.randn(shape, generator=g, device=codes.device)
+                           for g in generators])                                # (B, C, h, w)
+        tokens = codebook[self.ordered(codes)]                                  # (B, K, dim)
         latent = self.sample(tokens, noise, steps)                              # (B, C, h, w)
         return (self.vae.decode(latent) / 2 + 0.5).clamp(0, 1)
 
@@ -639,18 +650,44 @@ class DDT(nn.Module):
                           lambda config: cls(Config(**config["ddt"]), VAE(**config["vae"])))
 
 
-def check_frames(frames: Tensor, size: int) -> None:
+def checked_frames(frames: Tensor, size: int) -> Tensor:
+    """Frames to be encoded, in fp32. ValueError for another shape or range."""
     if frames.ndim != 4 or frames.shape[1:] != (3, size, size):
         raise ValueError(f"this tokenizer encodes frames (B, 3, {size}, {size}); got "
                          f"{tuple(frames.shape)}")
+    sim.check_frames(frames)
+    return frames.float()
 
 
-def check_codes(codes: Tensor, K: int, V: int) -> None:
+def checked_codes(codes: Tensor, K: int, V: int) -> Tensor:
+    """Codes to be decoded, in int64. ValueError for another shape, type or range."""
     if codes.ndim != 2 or codes.shape[1] != K or not len(codes):
         raise ValueError(f"codes must be (B, {K}); got {tuple(codes.shape)}")
+    if codes.dtype == torch.bool or codes.is_floating_point() or codes.is_complex():
+        raise ValueError(f"codes are {codes.dtype}: they must be integers")
+    codes = codes.long()
     lowest, highest = codes.min().item(), codes.max().item()
     if lowest < 0 or highest >= V:
         raise ValueError(f"codes must be in [0, {V}); got {lowest} to {highest}")
+    return codes
+
+
+def check_first_frames(frames: Tensor, size: int) -> None:
+    """ValueError unless these are the frames that a model predicts the others from."""
+    if frames.ndim != 5 or frames.shape[1:] != (CONDITION, 3, size, size):
+        raise ValueError(f"a clip is predicted from its first {CONDITION} frames (B, {CONDITION}, "
+                         f"3, {size}, {size}); got {tuple(frames.shape)}")
+    sim.check_frames(frames)
+
+
+def clip_generators(frames: Tensor, seed: int = 0) -> list[torch.Generator]:
+    """
+    A generator for each clip of frames (B, F, 3, H, W), a function of the seed and of the clip's
+    first 3 frames: what it draws for a clip does not depend on the batch that the clip is in.
+    """
+    first = sim.to_uint8(frames[:, :CONDITION]).cpu().numpy()
+    return [train.generator(seed, zlib.crc32(clip.tobytes()), device=frames.device)
+            for clip in first]
 
 
 def described(config) -> dict:
@@ -780,13 +817,18 @@ def start_quantizing(tokenizer: DDT, data: Frames, step: int, n: int, world: tra
 # ------------------------------------------------------------------ the stage
 
 
-def reconstruction(tokenizer) -> Callable[[Tensor], Tensor]:
-    """For evaluate.evaluate with shown = 32: frames (B, F, 3, H, W) -> their reconstructions."""
+def reconstruction(tokenizer, **options) -> Callable[[Tensor], Tensor]:
+    """
+    For evaluate.evaluate with shown = 32: frames (B, F, 3, H, W) -> their reconstructions. options:
+    of the tokenizer's `decode`.
+    """
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
-        generator = torch.Generator(frames.device).manual_seed(0)
-        calls = frames.flatten(0, 1).split(frames_per_call(frames.device))
-        parts = [tokenizer.decode(tokenizer.encode(x), generator=generator) for x in calls]
+        clips_per_call = max(frames_per_call(frames.device) // frames.shape[1], 1)
+        parts = []
+        for clips in frames.split(clips_per_call):                              # (b, F, 3, H, W)
+            codes = tokenizer.encode(clips.flatten(0, 1))                       # (b F, K)
+            parts.append(tokenizer.decode(codes, generator=clip_generators(clips), **options))
         return torch.cat(parts).view_as(frames)
     return predict
 

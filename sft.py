@@ -121,29 +121,43 @@ def sequence(model: Llama, codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(tokenizer: DDT, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """codes (B, F, K) -> frames (B, F, 3, H, W) in [0, 1], from the generator's noise."""
-    calls = codes.flatten(0, 1).split(frames_per_call(codes.device))
-    frames = torch.cat([tokenizer.decode(x, generator=generator) for x in calls])
-    return frames.unflatten(0, codes.shape[:2])
+def decode(tokenizer: DDT, codes: Tensor,
+           generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+    """
+    codes (B, F, K) -> frames (B, F, 3, H, W) in [0, 1], from the generator's noise. Of a list of B
+    generators, each draws for one clip: its frames do not depend on the other clips.
+    """
+    B, F, _ = codes.shape
+    n = frames_per_call(tokenizer.quantizer.codebook.device)
+    if isinstance(generator, list):
+        b = max(n // F, 1)                                                      # clips per call
+        calls = [(codes[i:i + b].flatten(0, 1), generator[i:i + b]) for i in range(0, B, b)]
+    else:
+        calls = [(x, generator) for x in codes.flatten(0, 1).split(n)]
+    frames = torch.cat([tokenizer.decode(x, generator=own) for x, own in calls])
+    return frames.unflatten(0, (B, F))
 
 
 def predictor(model: Llama, tokenizer: DDT, seed: int = 0, top_k: int = 1,
               top_p: float = 1.0) -> evaluate.Predictor:
     """
     A predictor for evaluate.py: first frames (B, 3, 3, H, W) -> clips (B, 32, 3, H, W). With
-    top_k = 1 (greedy decoding) the seed decides on the decoder's noise alone.
+    top_k = 1 (greedy decoding) the seed decides on the decoder's noise alone. What is drawn for a
+    clip, codes and noise, does not depend on the other clips of the batch.
     """
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
+        ddt.check_first_frames(frames, tokenizer.config.size)
         B, K = len(frames), tokenizer.config.queries
-        generator = torch.Generator(frames.device).manual_seed(seed)
+        generators = ddt.clip_generators(frames, seed)                          # one per clip
         given = tokenizer.encode(frames.flatten(0, 1)).view(B, CONDITION, K)
         prompt = sequence(model, given)                                         # (B, 1 + 3 K)
         T = (FRAMES - CONDITION) * K
+        # greedy decoding ignores what is drawn: a generator per clip would only take time
+        draws = generators if top_k > 1 else torch.Generator(frames.device)
         codes, _ = generate(model, prompt, max_new_tokens=T, group=1, top_k=top_k, top_p=top_p,
-                            generator=generator)                                # (B, 1, T)
-        predicted = decode(tokenizer, codes.view(B, -1, K), generator)          # (B, 29, 3, H, W)
+                            generator=draws)                                    # (B, 1, T)
+        predicted = decode(tokenizer, codes.view(B, -1, K), generators)         # (B, 29, 3, H, W)
         return torch.cat([frames, predicted], 1)
     return predict
 

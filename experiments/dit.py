@@ -239,10 +239,11 @@ class DiT(nn.Module):
         """For evaluate.evaluate: frames (B, 3, 3, H, W) -> (B, 32, 3, H, W), one sample each."""
         @torch.no_grad()
         def predict(frames: Tensor) -> Tensor:
-            generator = torch.Generator(frames.device).manual_seed(seed)
+            ddt.check_first_frames(frames, self.config.size)
             given = self.latent(frames)                                         # (B, 3, C, h, w)
-            noise = torch.randn(len(given), FRAMES, *given.shape[2:], generator=generator,
-                                device=given.device)
+            shape = (FRAMES, *given.shape[2:])
+            noise = torch.stack([torch.randn(shape, generator=generator, device=given.device)
+                                 for generator in ddt.clip_generators(frames, seed)])
             pairs = zip(given.split(16), noise.split(16))
             latents = torch.cat([self.sample(*pair) for pair in pairs])         # (B, F, C, h, w)
             parts = latents[:, CONDITION:].flatten(0, 1).split(frames_per_call(frames.device))

@@ -210,8 +210,12 @@ def in_chunks(f: Callable[..., Tensor], *x: Tensor) -> Tensor:
     return torch.cat([f(*(y.to(DEVICE) for y in chunk)).cpu() for chunk in chunks])
 
 
-def seeded() -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(0)
+def decode(model: DDT | VQGAN, codes: Tensor) -> Tensor:
+    """codes (B, K) -> frames (B, 3, H, W), each from noise of its own, a function of its codes."""
+    def from_own_noise(codes):
+        generators = [train.generator(0, *code, device=DEVICE) for code in codes.tolist()]
+        return model.decode(codes, generator=generators)
+    return in_chunks(from_own_noise, codes)
 
 
 def still_frames(n: int, scenario: str, split: str, size: int,
@@ -449,20 +453,11 @@ def table4(config: Config, folder: Path) -> str:
     tokenizer = models["DDT"]
     scenarios, size = train.scenarios(tokenizer.config.scenario), tokenizer.config.size
 
-    def euler(steps):
-        def predict(frames):
-            generator = seeded()
-
-            def again(x):
-                return tokenizer.decode(tokenizer.encode(x), steps, generator)
-            return in_chunks(again, frames.flatten(0, 1)).to(DEVICE).view_as(frames)
-        return predict
-
     rows = {"ground truth": lambda frames: frames, "VAE": vae.reconstruction(tokenizer.vae)}
     for kind, model in models.items():
         rows[kind] = ddt.reconstruction(model)
     for steps in STEPS:
-        rows[f"DDT, {steps} Euler steps"] = euler(steps)
+        rows[f"DDT, {steps} Euler steps"] = ddt.reconstruction(tokenizer, steps=steps)
     forget_others(path, Path(config.out), "ddt", "vqgan")
     for row, predict in rows.items():
         for scenario in scenarios:
@@ -490,7 +485,7 @@ def what_tokens_encode(model: DDT | VQGAN, scenario: str, kind: str, config: Con
     names += [f"r{i + 1}" for i in range(N)]
 
     codes = in_chunks(model.encode, frames)                                     # (n, K)
-    again = in_chunks(lambda c: model.encode(model.decode(c, generator=seeded())), codes)
+    again = in_chunks(lambda c: model.encode(decode(model, c).to(DEVICE)), codes)
     near = sft.nearest_codes(model.quantizer.codebook, 5)[codes]                # (n, K, 5)
     kept = (again == codes).double().mean()
     to_near = (again[..., None] == near[..., 1:]).any(-1)   # the first is the code itself
@@ -1021,7 +1016,7 @@ def figure7(config: Config, folder: Path) -> str:
             codes, K = in_chunks(model.encode, frames), model.config.queries
             replaced = [K * i // parts for i in range(parts + 1)]
             mixed = torch.stack([torch.cat([codes[b, :m], codes[a, m:]]) for m in replaced])
-            painted = in_chunks(lambda c: model.decode(c, generator=seeded()), mixed)
+            painted = decode(model, mixed)
             rows[name].append(torch.cat([frames[a:a + 1], painted, frames[b:b + 1]]))
     columns = ["frame A", *(f"{i}/{parts}" for i in range(parts + 1)), "frame B"]
     names = [f"{scenario}, pair {i}: A's first tokens replaced by B's" for i in (1, 2)]

@@ -34,7 +34,8 @@ import evaluate
 import sim
 import train
 from checkpoint import check
-from ddt import EMAVectorQuantizer, check_codes, check_frames, described, load_model, reconstruction
+from ddt import (EMAVectorQuantizer, checked_codes, checked_frames, described, load_model,
+                 reconstruction)
 from vae import Decoder, Encoder, Frames, frames_per_call, millions, save_folder
 
 
@@ -124,14 +125,15 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """frames (B, 3, H, W) in [0, 1] -> codes (B, K), int64, row by row."""
-        check_frames(frames, self.config.size)
+        frames = checked_frames(frames, self.config.size)
         return self.quantizer.nearest(self.quantizer.vectors(self.vectors(frames)))
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def decode(self, codes: Tensor, generator=None) -> Tensor:
         """codes (B, K) -> frames (B, 3, H, W) in [0, 1]. Not random: generator is not used."""
-        check_codes(codes, self.config.queries, len(self.quantizer.codebook))
-        return self.paint(self.quantizer.codebook[codes.long()]).clamp(0, 1)
+        codebook = self.quantizer.codebook
+        codes = checked_codes(codes, self.config.queries, len(codebook)).to(codebook.device)
+        return self.paint(codebook[codes]).clamp(0, 1)
 
     def save(self, folder) -> None:
         save_folder(folder, {"vqgan": described(self.config)}, self, ddt.MODEL)

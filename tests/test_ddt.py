@@ -612,6 +612,29 @@ def test_codes_of_any_integer_type(tokenizer, dtype, order):
     assert torch.equal(decoded, tokenizer.decode(codes, generator=seeded()))
 
 
+def test_a_reconstruction_does_not_depend_on_the_others_of_its_batch(tokenizer):
+    clips = torch.rand(5, 7, 3, SIZE, SIZE, generator=seeded(4))                # (B, F, 3, H, W)
+    for options in ({}, {"steps": 3}):
+        rebuild = ddt.reconstruction(tokenizer, **options)
+        whole = rebuild(clips)
+        assert whole.shape == clips.shape
+        for size in (1, 2):
+            parts = torch.cat([rebuild(part) for part in clips.split(size)])
+            torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
+        torch.testing.assert_close(rebuild(clips.flip(0)), whole.flip(0), rtol=0, atol=1e-4)
+
+
+def test_generators_share_the_rows(tokenizer):
+    codes = tokenizer.encode(frames())
+    both = tokenizer.decode(codes, generator=[seeded(1), seeded(2)])
+    for rows, seed in ((slice(0, 3), 1), (slice(3, 6), 2)):
+        alone = tokenizer.decode(codes[rows], generator=seeded(seed))
+        torch.testing.assert_close(both[rows], alone, rtol=0, atol=1e-5)
+    for n in (0, 4):
+        with pytest.raises(ValueError, match=f"6 frames cannot be shared by {n}"):
+            tokenizer.decode(codes, generator=[seeded()] * n)
+
+
 def test_order_of_codes(tokenizer):
     """In reverse order the same codes are returned last first, and decode to the same pictures."""
     codes = tokenizer.encode(frames())
@@ -640,6 +663,21 @@ def test_frames_of_another_shape(tokenizer, shape):
     with pytest.raises(ValueError) as error:
         tokenizer.encode(torch.zeros(shape))
     assert f"frames (B, 3, {SIZE}, {SIZE}); got {shape}" in str(error.value)
+
+
+@pytest.mark.parametrize("spoil, culprit", [
+    (lambda x: 2 * x - 1, "[0, 1]; these are from -0.9"), (lambda x: 255 * x, "[0, 1]; these are"),
+    (lambda x: x * float("nan"), "NaN"), (lambda x: x / 0, "infinity"),
+    (lambda x: (255 * x).byte(), "uint8: give a tensor of floats"), (lambda x: x.long(), "int64")])
+def test_frames_that_are_none(tokenizer, spoil, culprit):
+    with pytest.raises(ValueError) as error:
+        tokenizer.encode(spoil(frames()))
+    assert culprit in str(error.value)
+
+
+def test_frames_of_any_float_type(tokenizer):
+    assert torch.equal(tokenizer.encode(frames().double()), tokenizer.encode(frames()))
+    assert tokenizer.encode(frames().half()).shape == (6, K)
 
 
 @pytest.mark.parametrize("codes, culprit", [
@@ -769,7 +807,7 @@ def test_fresh_deletes_one_stage(tmp_path, monkeypatch, capsys):
     """`ddt.py --fresh` trains the tokenizer again and no VAE, `vae.py --fresh` only the VAE."""
     monkeypatch.setattr(evaluate, "SPLITS", ("iid",))
     both = ["--out", str(tmp_path), "--steps", "2", "--batch", "4", "--clips", "2", "--size", "16",
-            "--eval_clips", "1"]
+            "--eval_clips", "2"]
     of_ddt = [*both, "--width", "16", "--heads", "2", "--query_width", "16", "--image_width", "16"]
     weights = {"vae": tmp_path / "vae" / vae.WEIGHTS, "ddt": tmp_path / "ddt" / ddt.MODEL}
 

@@ -193,6 +193,23 @@ def test_dit_predicts_saves_and_loads(dit, tmp_path):
         DiT.load(tmp_path)
 
 
+def test_a_prediction_does_not_depend_on_the_others_of_its_batch(dit):
+    frames = torch.rand(5, 3, 3, 8, 8, generator=seeded(5))
+    whole = dit.predictor()(frames)
+    for size in (1, 2):
+        parts = torch.cat([dit.predictor()(part) for part in frames.split(size)])
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(dit.predictor()(frames.flip(0)), whole.flip(0), rtol=0, atol=1e-4)
+
+
+def test_a_predictor_is_given_three_frames(dit):
+    for frames in (torch.ones(2, 2, 3, 8, 8), torch.ones(2, 5, 3, 8, 8), torch.ones(2, 3, 8, 8)):
+        with pytest.raises(ValueError, match="first 3 frames"):
+            dit.predictor()(frames)
+    with pytest.raises(ValueError, match="from 255 to 255"):
+        dit.predictor()(255 * torch.ones(2, 3, 3, 8, 8))
+
+
 def test_dit_command(tmp_path, capsys, monkeypatch):
     """It trains, adds its row to the table, is not trained twice, and refuses another VAE."""
     monkeypatch.setattr(evaluate, "SPLITS", ("iid",))

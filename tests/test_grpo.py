@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ddt
+import evaluate
 import grpo
 import reward
 import sft
@@ -381,6 +382,71 @@ def test_a_rollout_does_not_depend_on_the_others_of_its_batch(rollout):
     assert torch.equal(alone.ids, rollout.r.ids[4:8])
     assert torch.equal(alone.support, rollout.r.support[4:8])
     torch.testing.assert_close(scores["reward"][0], rollout.scores["reward"][1])
+
+
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (20, 0.9)])
+def test_a_prediction_does_not_depend_on_the_others_of_its_batch(rollout, top_k, top_p):
+    """Greedy and sampled: one batch, batches of any size, another order: the same codes, frames."""
+    clips = sim.sample("uniform", "iid", 7)
+    frames = sim.render(clips.position[:, :3], clips.radius, 16)
+
+    def predict(frames, seed=3):
+        return sft.predictor(rollout.policy, rollout.tokenizer, seed, top_k, top_p)(frames)
+    whole = predict(frames)
+    encoded = rollout.tokenizer.encode(whole.flatten(0, 1))
+    for size in (1, 2, 3):
+        parts = torch.cat([predict(part) for part in frames.split(size)])
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+        assert torch.equal(rollout.tokenizer.encode(parts.flatten(0, 1)), encoded)
+    order = torch.tensor([6, 1, 0, 3, 2, 5, 4])
+    torch.testing.assert_close(predict(frames[order]), whole[order], rtol=0, atol=1e-5)
+    assert (predict(frames, seed=4) - whole)[:, 3:].abs().amax((1, 2, 3, 4)).min() > 0.01
+
+    # and no two clips or frames share their noise
+    same = frames[:1].expand(2, -1, -1, -1, -1).clone()
+    same[1, 0, 0, 0, 0] = 0                                             # one red pixel less
+    a, b = sft.decode(rollout.tokenizer, torch.zeros(2, 2, 2).long(), ddt.clip_generators(same))
+    pictures = torch.cat([a, b]).flatten(1)
+    assert torch.cdist(pictures, pictures).fill_diagonal_(9).min() > 0.01
+
+
+def test_measured_rewards_do_not_depend_on_the_batch(rollout):
+    predictor = sft.predictor(rollout.policy, rollout.tokenizer)
+    a, b = (evaluate.evaluate(predictor, "uniform", "iid", 7, size=16, batch=batch, each=True)
+            for batch in (7, 2))
+    for name, values in a["each"].items():
+        assert values == pytest.approx(b["each"][name], abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 16, 16), (2, 5, 3, 16, 16), (2, 3, 1, 16, 16),
+                                   (2, 3, 3, 8, 8), (3, 3, 16, 16)])
+def test_a_predictor_is_given_three_frames(rollout, shape):
+    with pytest.raises(ValueError, match="first 3 frames") as error:
+        sft.predictor(rollout.policy, rollout.tokenizer)(torch.ones(shape))
+    assert f"got {shape}" in str(error.value)
+
+
+@pytest.mark.parametrize("spoil, culprit", [
+    (lambda frames: frames * 2 - 1, "from -1 to 1"), (lambda frames: frames * 255, "0 to 255"),
+    (lambda frames: frames + float("nan"), "NaN"), (sim.to_uint8, "uint8")])
+def test_a_predictor_refuses_what_are_no_frames(rollout, spoil, culprit):
+    clips = sim.sample("uniform", "iid", 2)
+    frames = spoil(sim.render(clips.position[:, :3], clips.radius, 16))
+    with pytest.raises(ValueError, match=culprit):
+        sft.predictor(rollout.policy, rollout.tokenizer)(frames)
+
+
+def test_what_is_tokenized_can_be_decoded(rollout):
+    """In every type of integer that holds the codes; and of no other type."""
+    codes = sft.tokenize(rollout.tokenizer, rollout.clips)                      # (3, 32, 2) uint8
+    frames = sft.decode(rollout.tokenizer, codes, seeded())
+    assert frames.shape == (3, 32, 3, 16, 16)
+    for name in "int16 int32 int64 uint16 uint32 uint64".split():
+        same = codes.to(getattr(torch, name))
+        assert torch.equal(sft.decode(rollout.tokenizer, same, seeded()), frames)
+    for dtype in (torch.bool, torch.float32, torch.float64, torch.complex64):
+        with pytest.raises(ValueError, match="must be integers"):
+            sft.decode(rollout.tokenizer, codes.to(dtype), seeded())
 
 
 def test_rollouts_are_scored_against_their_own_clip(rollout, monkeypatch):

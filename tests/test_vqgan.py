@@ -106,8 +106,14 @@ def test_encode_and_decode(vqgan):
     x = vqgan.decode(codes)
     assert x.shape == (6, 3, 16, 16) and 0 <= x.min() and x.max() <= 1
     assert torch.equal(vqgan.decode(codes, generator=seeded()), x)  # nothing random
-    for dtype in (torch.uint8, torch.int16, torch.int32):
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.uint16):
         assert torch.equal(vqgan.decode(codes.to(dtype)), x)
+    for dtype in (torch.bool, torch.float32):
+        with pytest.raises(ValueError, match="must be integers"):
+            vqgan.decode(codes.to(dtype))
+    for wrong in (frames() * 2 - 1, frames() * 255, frames().byte()):
+        with pytest.raises(ValueError, match="0, 1"):
+            vqgan.encode(wrong)
     with pytest.raises(ValueError, match="16, 16"):
         vqgan.encode(torch.rand(2, 3, 8, 8))
     for wrong in (codes[:, :3], codes - 300, codes + 256, codes[:0]):
