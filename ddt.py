@@ -68,7 +68,7 @@ import train
 import vae as vae_stage
 from checkpoint import UserError, check
 from sim import CONDITION
-from vae import VAE, Frames, frames_per_call, load_folder, millions, save_folder
+from vae import VAE, Frames, check_ranges, frames_per_call, load_folder, millions, save_folder
 
 # ------------------------------------------------------------------ config
 
@@ -888,13 +888,18 @@ def check_scenario(config, tokenizer, folder: Path) -> None:
 
 def check_config(c: Config) -> None:
     """UserError for flags that cannot work."""
-    train.scenarios(c.scenario)
+    vae_stage.check_data(c)
     check(c.prefix in ("growing", "all"), f"--prefix {c.prefix}: choose growing or all")
     check(c.order in ("forward", "reverse"), f"--order {c.order}: choose forward or reverse")
     check(c.code_dim >= 3, f"--code_dim {c.code_dim}: at least 3, since LayerNorm takes two "
           "dimensions away")
     check(c.shift > 0, f"--shift {c.shift}: must be above 0; 1 leaves time as it is")
     check(c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
+    check_ranges(c, size=sim.SIZES, queries=(1, 256), code_dim=(3, 256), patch=(1, 64))
+    check_ranges(c, image_width=(4, 8192), query_width=(1, 8192), encoder_layers=(1, 256),
+                 width=(4, 8192), layers=(1, 256), heads=(1, 256), batch=(1, 65536))
+    check_ranges(c, shift=(0.01, 1000), pure_noise=(0, 1), commitment=(0, 100),
+                 token_noise=(0, 100), spread=(0, 100), noise_below=(0, 100))
     check(c.query_width % c.heads == 0, f"--query_width {c.query_width}: must be a multiple of "
           f"--heads {c.heads}")
     check(c.width % (4 * c.heads) == 0, f"--width {c.width}: must be a multiple of 4 times --heads "

@@ -52,6 +52,7 @@ from checkpoint import check
 from ddt import DDT
 from lm import Llama, generate, logprobs
 from sim import CONDITION, FRAMES
+from vae import check_data, check_ranges
 
 
 @dataclass
@@ -110,8 +111,12 @@ REWARD_NOISE = 0.1              # std of the reward between two decodings of the
 def advantages(score: Tensor) -> Tensor:
     """
     Eq. 8: scores (P, G), or of every frame (P, G, F) -> the same shape, normalised in each group.
-    NaN becomes 0: where the true ball has left the view, no frame of the group has a score.
+    NaN becomes 0: where the true ball has left the view, no frame of the group has a score. Raises
+    ValueError for infinity, and for NaN in a part of a group: no reward is so.
     """
+    missing = score.isnan()
+    if score.isinf().any() or (missing.any(1) != missing.all(1)).any():
+        raise ValueError("scores hold infinity, or NaN in a part of a group")
     mean = score.mean(1, keepdim=True)                      # (P, 1), or (P, 1, F)
     std = score.std(1, keepdim=True)
     return ((score - mean) / (std + REWARD_NOISE)).nan_to_num()
@@ -332,11 +337,27 @@ def metrics(scores: dict[str, Tensor], outs: list[dict[str, Tensor]], n_prompts:
 # ------------------------------------------------------------------ the stage
 
 
+def check_config(c: Config) -> None:
+    """UserError for flags that cannot work."""
+    check_data(c)
+    check(c.tokenizer in ("ddt", "vqgan"), f"--tokenizer {c.tokenizer}: choose ddt or vqgan")
+    check(c.group > 1, f"--group {c.group}: advantages compare the rollouts of a group, it needs "
+          "at least 2")
+    check(c.top_k > 1, f"--top_k {c.top_k}: greedy rollouts of a group are alike, there is nothing "
+          "to compare; at least 2")
+    check(0 < c.top_p <= 1, f"--top_p {c.top_p}: a probability, above 0 and at most 1 (1: all)")
+    check(0 < c.clip_eps < 1, f"--clip_eps {c.clip_eps}: the ratio is clipped to 1 +- this; above "
+          "0 and below 1")
+    check_ranges(c, prompts=(1, 4096), group=(2, 1024), top_k=(2, 256), horizon=(1, FRAMES),
+                 beta=(0, 1000), beta_pretrain=(0, 1000))
+    check(not c.whole_clip or c.horizon == Config.horizon, f"--horizon {c.horizon}: with "
+          "--whole_clip a token is judged by all frames; leave one of the two out")
+
+
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
+    check_config(config)
     motions = train.scenarios(config.scenario)
-    check(config.group > 1, f"--group {config.group}: advantages compare the rollouts of a group, "
-          "it needs at least 2")
     world = train.start(config.seed, config.out)
     tokenizer = sft.load_tokenizer(config, world)
     reference = sft.ensure(config, tokenizer, world).requires_grad_(False)

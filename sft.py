@@ -43,7 +43,7 @@ from checkpoint import UserError, check
 from ddt import DDT
 from lm import Llama, LlamaConfig, generate
 from sim import CONDITION, FRAMES
-from vae import frames_per_call, millions
+from vae import check_data, check_ranges, frames_per_call, millions
 from weights import read_config
 
 
@@ -347,14 +347,21 @@ def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
 
 def check_config(c: Config) -> None:
     """UserError for flags that cannot work."""
-    train.scenarios(c.scenario)
+    check_data(c)
+    check(c.tokenizer in ("ddt", "vqgan"), f"--tokenizer {c.tokenizer}: choose ddt or vqgan")
     check(c.dtype in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
     check(c.corrupt < 1, f"--corrupt {c.corrupt}: a share of the codes, below 1")
     check(c.near <= 256, f"--near {c.near}: between 1 and the 256 codes there are")
+    check_ranges(c, hidden=(2, 16384), ffn=(1, 65536), layers=(1, 256), heads=(1, 256),
+                 kv_heads=(1, 256), batch=(1, 65536))
     check(c.hidden % (2 * c.heads) == 0 and c.heads % c.kv_heads == 0, f"--hidden {c.hidden} must "
           f"be a multiple of twice --heads {c.heads}, and that of --kv_heads {c.kv_heads}")
-    if c.llm:                               # a wrong folder is reported now, not after tokenizing
-        try:
+    if c.llm:
+        default = Config(**PRESETS.get(c.preset, {}))
+        for name in ("hidden", "ffn", "layers", "heads", "kv_heads"):
+            check(getattr(c, name) == getattr(default, name), f"--{name} {getattr(c, name)}: the "
+                  "model of --llm has its own size; leave one of the two out")
+        try:                                # a wrong folder is reported now, not after tokenizing
             read_config(c.llm)
         except ValueError as error:
             raise UserError(f"--llm {c.llm}: {error}") from None

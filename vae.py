@@ -535,9 +535,28 @@ def run_stage(config: Config, world: train.World) -> VAE:
     return train_vae(config, world)
 
 
+def check_ranges(config, **ranges: tuple[float, float]) -> None:
+    """UserError for a field outside its range, which includes both ends."""
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        check(least <= value <= most, f"--{name} {value}: must be from {least} to {most}")
+
+
+def check_data(config) -> None:
+    """UserError for clips, of training or evaluation, that cannot be. For every stage's config."""
+    train.scenarios(config.scenario)
+    check(config.seed != evaluate.EVAL_SEED, f"--seed {config.seed}: that of the held-out clips "
+          "of all tables, which no training may see; choose another")
+    check(config.eval_clips > 1, f"--eval_clips {config.eval_clips}: a standard error needs at "
+          "least 2 clips")
+    check_ranges(config, clips=(1, sim.MOST_CLIPS), eval_clips=(2, 100_000))
+
+
 def check_config(config: Config) -> None:
     """UserError for flags that cannot work."""
-    train.scenarios(config.scenario)
+    check_data(config)
+    check_ranges(config, size=sim.SIZES, width=(8, 4096), levels=(1, 10), latent=(1, 256),
+                 batch=(1, 65536))
     shrink = 2 ** (config.levels - 1)
     check(config.size % shrink == 0, f"--size {config.size}: must be a multiple of {shrink}, by "
           f"which --levels {config.levels} shrink it")

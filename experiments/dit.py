@@ -32,13 +32,14 @@ from torch import Tensor, nn
 import checkpoint
 import ddt
 import evaluate
+import sim
 import train
 import vae as vae_stage
 from checkpoint import UserError, check
 from ddt import described, load_model, modulate, sincos
 from lm import rotate
 from sim import CONDITION, FRAMES
-from vae import VAE, Frames, frames_per_call, save_folder
+from vae import VAE, Frames, check_data, check_ranges, frames_per_call, save_folder
 
 
 @dataclass
@@ -314,13 +315,20 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
     return dit.eval().requires_grad_(False)
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = c = train.parse(Config, PRESETS, argv)
-    train.scenarios(c.scenario)
+def check_config(c: Config) -> None:
+    """UserError for flags that cannot work."""
+    check_data(c)
+    check_ranges(c, size=sim.SIZES, patch=(1, 64), width=(2, 8192), layers=(1, 256),
+                 heads=(1, 256), levels=(1, 100_000), batch=(1, 65536))
     check(c.width % (2 * c.heads) == 0 and c.width // c.heads >= 6, f"--width {c.width} must "
           f"divide by twice --heads {c.heads}, into at least 6 per head")
     check(1 < c.levels >= c.calls, f"--levels {c.levels}: at least 2, and at least the {c.calls} "
           "of --calls")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = c = train.parse(Config, PRESETS, argv)
+    check_config(c)
     world = train.start(c.seed, c.out)
     out = Path(c.out)
     vae = vae_stage.ensure(config, world)

@@ -1043,17 +1043,34 @@ COMMANDS = {
     "figure 5": figure5, "figure 6": figure6, "figure 7": figure7, "figure 8": figure8,
     "figure prefix": prefix,
 }
+WITH_OTHERS = ("table 1", "table 2", "table order", "table rl")
+WITH_LLM = ("figure 5", "figure 6")
+
+
+def check_config(c: Config) -> str:
+    """The command that the flags name. UserError for flags that mean nothing together."""
+    choices = "choose one of " + ", ".join("--" + name for name in COMMANDS)
+    check(bool(c.table) != bool(c.figure), f"a table or a figure: {choices}")
+    asked = f"figure {c.figure}" if c.figure else f"table {c.table}"
+    check(asked in COMMANDS, f"there is no {asked}: {choices}")
+    check(not c.others or asked in WITH_OTHERS, f"--others: {asked} is of one run")
+    check(not c.llm or asked in WITH_LLM, f"--llm: {asked} uses no text model")
+    vae.check_ranges(c, clips=(1, 10_000))
+    check(Path(c.out).is_dir(), f"{c.out} is missing: make it with `python grpo.py --out {c.out}`")
+    return asked
 
 
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
-    asked = f"figure {config.figure}" if config.figure else f"table {config.table}"
-    choices = ", ".join("--" + name for name in COMMANDS)
-    check(asked in COMMANDS, f"there is no {asked}: choose one of {choices}")
+    asked = check_config(config)
     check(train.start(0).size == 1, "experiments.figures runs in one process: leave torchrun out")
     folder = checkpoint.writable(Path(config.out, "figures"))
-    print(COMMANDS[asked](config, folder))
-    print(f"\n{folder}/")
+    try:
+        print(COMMANDS[asked](config, folder))
+        print(f"\n{folder}/")
+    finally:
+        if not any(folder.iterdir()):                       # nothing came of it
+            folder.rmdir()
 
 
 if __name__ == "__main__":

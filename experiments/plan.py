@@ -440,10 +440,25 @@ def what_fits(plan_stage: Callable[..., Plan], config, ranks: int, memory: float
 
 def check_config(name: str, config) -> None:
     """The stage's own checks; only that a plan of `paper` needs no weights."""
-    if name == "ddt":
-        ddt.check_config(config)
-    if name == "sft":
-        sft.check_config(dataclasses.replace(config, preset=""))
+    if name == "sft" and config.preset == "paper" and not config.llm:
+        config = dataclasses.replace(config, preset="")
+    STAGES[name].module.check_config(config)
+
+
+def check_ranks(name: str, config, ranks: int) -> None:
+    """UserError if the batch of a stage, or of one before it that is missing, has too few rows."""
+    largest_shard(config.prompts if name == "grpo" else config.batch, ranks)
+    before = {"ddt": ("vae",), "sft": ("vae", "ddt"), "grpo": ("vae", "ddt", "sft")}.get(name, ())
+    if getattr(config, "tokenizer", "ddt") == "vqgan":
+        before = ("vqgan", *before[2:])
+    for stage in before:
+        folder = Path(config.out, stage)
+        module = vqgan if stage == "vqgan" else STAGES[stage].module
+        missing = not list(folder.glob("*.safetensors")) and not getattr(config, "vae", "")
+        if missing and config.preset in module.PRESETS:
+            batch = module.Config(**module.PRESETS[config.preset]).batch
+            check(batch >= ranks, f"{folder} is missing, and {name}.py trains it first: its batch "
+                  f"of {batch} cannot be sharded over {ranks} ranks")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -467,6 +482,7 @@ def main(argv: list[str] | None = None) -> None:
     module = STAGES[name].module
     config = train.parse(module.Config, module.PRESETS, flags)
     check_config(name, config)
+    check_ranks(name, config, ranks)
     try:
         if name == "ddt" and trains_vae(config):
             print(f"{config.out}/vae is missing: ddt.py trains it first, then the tokenizer.\n")

@@ -36,7 +36,8 @@ import train
 from checkpoint import check
 from ddt import (EMAVectorQuantizer, checked_codes, checked_frames, described, load_model,
                  reconstruction)
-from vae import Decoder, Encoder, Frames, frames_per_call, millions, save_folder
+from vae import (Decoder, Encoder, Frames, check_data, check_ranges, frames_per_call, millions,
+                 save_folder)
 
 
 @dataclass
@@ -220,15 +221,24 @@ def run_stage(config: Config, world: train.World) -> None:
     world.barrier()
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = c = train.parse(Config, PRESETS, argv)
-    train.scenarios(c.scenario)
+def check_config(c: Config) -> None:
+    """UserError for flags that cannot work."""
+    check_data(c)
+    check_ranges(c, size=sim.SIZES, width=(8, 4096), levels=(1, 10), blocks=(1, 64),
+                 commitment=(0, 100), batch=(1, 65536))
     shrink = 2 ** (c.levels - 1)
     check(c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
     check(c.width % 8 == 0, f"--width {c.width}: must be a multiple of 8 (its norms have 8 groups)")
     check(c.size % shrink == 0, f"--size {c.size}: must be a multiple of {shrink}, by which "
           f"--levels {c.levels} shrink it")
-    run_stage(config, train.start(c.seed, c.out))
+    check(c.queries <= 256, f"--levels {c.levels}: leaves {c.queries} cells, each a token; at most "
+          "256 can be")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = train.parse(Config, PRESETS, argv)
+    check_config(config)
+    run_stage(config, train.start(config.seed, config.out))
 
 
 if __name__ == "__main__":

@@ -796,7 +796,15 @@ def test_weights_that_are_not_finite(tokenizer, tmp_path):
     (["--code_dim", "2"], "--code_dim 2: at least 3"), (["--shift", "0"], "--shift 0"),
     (["--quantize_at", "1"], "--quantize_at 1"), (["--query_width", "30"], "--query_width 30"),
     (["--width", "24"], "--width 24"), (["--image_width", "18"], "--image_width 18"),
-    (["--scenario", "rain"], "--scenario 'rain'")])
+    (["--scenario", "rain"], "--scenario 'rain'"), (["--seed", "1000003"], "held-out clips"),
+    (["--eval_clips", "1"], "--eval_clips 1: a standard error"), (["--size", "1000000000"], "--size"),
+    (["--clips", "1000000000000"], "--clips"), (["--batch", "1000000000"], "--batch"),
+    (["--queries", "1000"], "--queries"), (["--patch", "100"], "--patch"),
+    (["--encoder_layers", "1000000"], "--encoder_layers"), (["--layers", "1000000"], "--layers"),
+    (["--width", "1048576"], "--width"), (["--shift", "1e9"], "--shift"),
+    (["--pure_noise", "1.5"], "--pure_noise 1.5: must be from 0 to 1"),
+    (["--token_noise", "1e9"], "--token_noise"), (["--commitment", "1e9"], "--commitment"),
+    (["--spread", "1e9"], "--spread"), (["--noise_below", "1e9"], "--noise_below")])
 def test_bad_flags(argv, culprit, tmp_path):
     with pytest.raises(UserError, match=culprit):
         ddt.main([*argv, "--out", str(tmp_path)])

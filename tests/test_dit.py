@@ -233,7 +233,10 @@ def test_dit_command(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, culprit", [
     (["--heads", "5"], "--heads 5"), (["--calls", "1001"], "1001 of --calls"),
-    (["--levels", "1"], "--levels 1"), (["--preset", "B"], "needs a pre-trained VAE")])
+    (["--levels", "1"], "--levels 1"), (["--preset", "B"], "needs a pre-trained VAE"),
+    (["--seed", "1000003"], "held-out clips"), (["--eval_clips", "1"], "--eval_clips 1"),
+    (["--size", "1000000000"], "--size"), (["--clips", "1000000000000"], "--clips"),
+    (["--layers", "1000000"], "--layers"), (["--levels", "1000000000000"], "--levels")])
 def test_bad_flags(argv, culprit, tmp_path):
     with pytest.raises(UserError, match=culprit):
         main([*argv, "--out", str(tmp_path)])

@@ -139,6 +139,23 @@ def test_what_is_missing_is_named(out, tmp_path):
     refused("no table 9", "--table", "9", folder=out)
 
 
+def test_what_means_nothing_is_refused(out, tmp_path):
+    """In one line, and no folder is left behind."""
+    for flags, culprit in (
+            ([], "a table or a figure: choose one of --table 1"),
+            (["--table", "1", "--figure", "4"], "a table or a figure"),
+            (["--figure", "4", "--others", str(out)], "figure 4 is of one run"),
+            (["--table", "1", "--llm", str(out)], "table 1 uses no text model"),
+            (["--figure", "4", "--clips", str(10 ** 12)], "--clips")):
+        with pytest.raises(UserError, match=culprit):
+            figures.main(["--out", str(out), *flags])
+    with pytest.raises(UserError, match="typo is missing: make it with"):
+        figures.main(["--out", str(tmp_path / "typo"), "--figure", "4"])
+    with pytest.raises(UserError, match="ddt is missing"):
+        figures.main(["--out", str(tmp_path), "--figure", "prefix"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_tokenizers_of_other_frames_are_refused(out, tmp_path):
     shutil.copytree(out / "ddt", tmp_path / "ddt")
     VQGAN(vqgan.Config(size=32, width=8, levels=4)).save(tmp_path / "vqgan")

@@ -18,6 +18,7 @@ import grpo
 import reward
 import sft
 import sim
+from checkpoint import UserError
 from grpo import advantages, frozen_logits, grpo_loss, kl_divergence
 from lm import Llama, LlamaConfig, draw, logprobs, truncate
 from vae import VAE
@@ -50,7 +51,36 @@ def kl_by_hand(logits, logits_ref):
     return torch.tensor(result)
 
 
+@pytest.mark.parametrize("argv, culprit", [
+    (["--group", "1"], "--group 1: advantages compare"), (["--group", "1000000"], "--group"),
+    (["--top_p", "2"], "--top_p 2.0"), (["--top_p", "0"], "--top_p 0.0"),
+    (["--top_k", "1"], "--top_k 1: greedy"), (["--top_k", "0"], "--top_k 0"),
+    (["--top_k", "-1"], "--top_k -1"), (["--top_k", "257"], "--top_k 257"),
+    (["--horizon", "1000"], "--horizon 1000: must be from 1 to 32"),
+    (["--whole_clip", "--horizon", "4"], "--horizon 4: with --whole_clip"),
+    (["--clip_eps", "5"], "--clip_eps 5.0"), (["--clip_eps", "0"], "--clip_eps 0.0"),
+    (["--beta", "1e9"], "--beta"), (["--prompts", "1000000000"], "--prompts"),
+    (["--clips", "1000000000000"], "--clips"), (["--eval_clips", "1"], "--eval_clips 1"),
+    (["--seed", "1000003"], "--seed 1000003: that of the held-out clips"),
+    (["--tokenizer", "words"], "--tokenizer words"), (["--scenario", "rain"], "--scenario 'rain'")])
+def test_bad_flags(argv, culprit, tmp_path):
+    with pytest.raises(UserError, match=culprit):
+        grpo.main([*argv, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------ advantages
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_scores_that_none_can_be_are_refused(value):
+    """NaN is legal where all of a group are: the true ball has left the view."""
+    score = torch.rand(3, 4, 5)
+    score[1, :, 2] = math.nan
+    assert advantages(score).isfinite().all() and (advantages(score)[1, :, 2] == 0).all()
+    score[2, 1, 0] = value
+    with pytest.raises(ValueError, match="infinity, or NaN in a part of a group"):
+        advantages(score)
 
 
 def test_advantages_against_numpy():

@@ -137,7 +137,11 @@ def test_save_and_load(vqgan, tmp_path):
 
 @pytest.mark.parametrize("argv, culprit", [
     (["--width", "12"], "--width 12"), (["--size", "20"], "--size 20"),
-    (["--quantize_at", "1"], "--quantize_at 1"), (["--scenario", "rain"], "--scenario 'rain'")])
+    (["--quantize_at", "1"], "--quantize_at 1"), (["--scenario", "rain"], "--scenario 'rain'"),
+    (["--seed", "1000003"], "held-out clips"), (["--eval_clips", "1"], "--eval_clips 1"),
+    (["--size", "1000000000"], "--size"), (["--clips", "1000000000000"], "--clips"),
+    (["--levels", "1"], "1024 cells"), (["--levels", "40"], "--levels"),
+    (["--blocks", "1000000"], "--blocks"), (["--commitment", "1e9"], "--commitment")])
 def test_bad_flags(argv, culprit, tmp_path):
     with pytest.raises(UserError, match=culprit):
         main([*argv, "--out", str(tmp_path)])
