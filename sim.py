@@ -418,7 +418,7 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
     """
     F, N = position.shape[1:3] if position.ndim == 4 else (0, 0)
     if F < 1 or N not in (1, 2) or position.shape[3] != 2 or radius.shape != (len(position), N):
-        raise ValueError("render needs position (B, F, N, 2) and radius (B, N) of N = 1 or 2 balls; "
+        raise ValueError("render needs position (B, F, N, 2) and radius (B, N), N = 1 or 2 balls; "
                          f"got {tuple(position.shape)} and {tuple(radius.shape)}")
     if min(size, slices) < 1:
         raise ValueError(f"size = {size}, slices = {slices}: at least one of each")

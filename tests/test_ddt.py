@@ -797,7 +797,7 @@ def test_weights_that_are_not_finite(tokenizer, tmp_path):
     (["--quantize_at", "1"], "--quantize_at 1"), (["--query_width", "30"], "--query_width 30"),
     (["--width", "24"], "--width 24"), (["--image_width", "18"], "--image_width 18"),
     (["--scenario", "rain"], "--scenario 'rain'"), (["--seed", "1000003"], "held-out clips"),
-    (["--eval_clips", "1"], "--eval_clips 1: a standard error"), (["--size", "1000000000"], "--size"),
+    (["--eval_clips", "1"], "--eval_clips 1: a standard"), (["--size", "1000000000"], "--size"),
     (["--clips", "1000000000000"], "--clips"), (["--batch", "1000000000"], "--batch"),
     (["--queries", "1000"], "--queries"), (["--patch", "100"], "--patch"),
     (["--encoder_layers", "1000000"], "--encoder_layers"), (["--layers", "1000000"], "--layers"),

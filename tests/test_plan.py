@@ -268,6 +268,17 @@ def test_what_does_not_fit_is_said_with_flags(monkeypatch, capsys):
 
 @pytest.mark.parametrize("command, text", [
     ("grpo --world 9", "a batch of 8 cannot be sharded over 9 ranks"),
+    ("grpo --world 80", "a batch of 8 cannot be sharded over 80 ranks"),
+    ("grpo --world 80 --preset paper", "a batch of 28 cannot be sharded over 80 ranks"),
+    ("sft --world 80", "a batch of 16 cannot be sharded over 80 ranks"),
+    ("ddt --world 80", "a batch of 64 cannot be sharded over 80 ranks"),
+    ("vae --world 80", "a batch of 64 cannot be sharded over 80 ranks"),
+    ("grpo --world 20 --prompts 64", "sft is missing, and grpo.py trains it first: its batch of 16"),
+    ("sft --world 80 --batch 96", "vae is missing, and sft.py trains it first: its batch of 64"),
+    ("sft --world 80 --batch 96 --tokenizer vqgan", "vqgan is missing, and sft.py trains it"),
+    ("grpo --group 1", "--group 1"),
+    ("grpo --top_p 2", "--top_p 2.0"),
+    ("sft --seed 1000003", "held-out clips"),
     ("sft --world 17", "a batch of 16 cannot be sharded over 17 ranks"),
     ("sft --world 0", "--world 0"),
     ("sft --heads 3", "--hidden 128"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import evaluate
 import sft
 import sim
 import train
@@ -242,3 +243,31 @@ def test_a_models_weights_are_one_file(tmp_path):
     llama.save(tmp_path / "sft")
     names = {path.name for path in (tmp_path / "sft").glob("*.safetensors*")}
     assert names == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("argv, culprit", [
+    (["--corrupt", "1"], "--corrupt 1.0: a share of"), (["--corrupt", "2"], "--corrupt 2.0"),
+    (["--near", "257"], "--near 257"), (["--near", "0"], "--near 0"),
+    (["--dtype", "float99"], "--dtype float99"), (["--tokenizer", "words"], "--tokenizer words"),
+    (["--hidden", "130"], "--hidden 130"), (["--kv_heads", "3"], "--kv_heads 3"),
+    (["--hidden", "1048576"], "--hidden"), (["--ffn", "1000000000"], "--ffn"),
+    (["--layers", "1000000"], "--layers"), (["--batch", "1000000000"], "--batch"),
+    (["--clips", "1000000000000"], "--clips"), (["--eval_clips", "1"], "--eval_clips 1"),
+    (["--seed", "1000003"], "held-out clips"), (["--scenario", "rain"], "--scenario 'rain'"),
+    (["--llm", "missing", "--layers", "2"], "--layers 2: the model of --llm has its own size")])
+def test_bad_flags(argv, culprit, tmp_path):
+    with pytest.raises(UserError, match=culprit):
+        sft.main([*argv, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scenario", sim.SCENARIOS)
+def test_the_seed_of_the_held_out_clips_is_the_only_one_that_has_them(scenario):
+    """What vae.py (ood) and grpo.py (posttrain) would see with that seed is what is evaluated."""
+    def starts(split, seed):
+        clips = sim.first_frames(scenario, split, 50, seed)
+        return torch.cat([clips.radius, clips.velocity, clips.position.flatten(1)], 1)
+    held_out = torch.cat([starts(split, evaluate.EVAL_SEED) for split in ("posttrain", "ood")])
+    for split in ("pretrain", "posttrain", "ood"):
+        for seed in (0, 1, evaluate.EVAL_SEED - 1, evaluate.EVAL_SEED + 2 ** 32):
+            assert torch.cdist(starts(split, seed), held_out).min() > 1e-9

@@ -304,7 +304,11 @@ def test_latents_have_zero_mean_and_unit_variance(tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv, culprit", [
     (["--size", "18"], "--size 18: must be a multiple of 4"),
     (["--width", "12"], "--width 12: must be a multiple of 8"),
-    (["--scenario", "rain"], "--scenario 'rain'")])
+    (["--scenario", "rain"], "--scenario 'rain'"), (["--seed", "1000003"], "held-out clips"),
+    (["--eval_clips", "1"], "--eval_clips 1"), (["--eval_clips", "1000000000"], "--eval_clips"),
+    (["--size", "1000000000"], "--size"), (["--clips", "1000000000000"], "--clips"),
+    (["--batch", "1000000000"], "--batch"), (["--levels", "40"], "--levels 40"),
+    (["--width", "1000000"], "--width"), (["--latent", "1000000"], "--latent")])
 def test_bad_flags(argv, culprit, tmp_path):
     with pytest.raises(UserError, match=culprit):
         stage.main([*argv, "--out", str(tmp_path)])
