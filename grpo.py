@@ -350,8 +350,6 @@ def check_config(c: Config) -> None:
           "0 and below 1")
     check_ranges(c, prompts=(1, 4096), group=(2, 1024), top_k=(2, 256), horizon=(1, FRAMES),
                  beta=(0, 1000), beta_pretrain=(0, 1000))
-    check(not c.whole_clip or c.horizon == Config.horizon, f"--horizon {c.horizon}: with "
-          "--whole_clip a token is judged by all frames; leave one of the two out")
 
 
 def main(argv: list[str] | None = None) -> None:

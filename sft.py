@@ -114,8 +114,11 @@ def tokenize(tokenizer: DDT, clips: sim.Clips) -> Tensor:
 
 
 def sequence(model: Llama, codes: Tensor) -> Tensor:
-    """codes (B, F, K) -> ids (B, 1 + F K), the first of them BOS."""
-    ids = model.first_code + codes.flatten(1).long()
+    """codes (B, F, K) -> ids (B, 1 + F K), the first of them BOS. ValueError for others' codes."""
+    codes, V = codes.flatten(1).long(), model.config.n_visual
+    if (codes < 0).any() or (codes >= V).any():
+        raise ValueError(f"codes must be in [0, {V}), the visual codes of this model")
+    ids = model.first_code + codes
     bos = torch.full_like(ids[:, :1], model.config.bos_token_id)
     return torch.cat([bos, ids], 1)
 
@@ -181,6 +184,7 @@ def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float,
     any code, the rest one of their nearest, near (V, n). The first 3 frames stay as they are.
     """
     V, n = near.shape
+    codes = codes.long()                                    # a uint8 index would be a mask
     nearby = near[codes, torch.randint(n, codes.shape, generator=generator)]    # (B, F, K)
     is_random = torch.rand(codes.shape, generator=generator) < corrupt
     random = torch.randint(V, codes.shape, generator=generator)

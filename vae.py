@@ -463,6 +463,7 @@ def reconstruction(vae: VAE) -> evaluate.Predictor:
     """A predictor for evaluate.py: frames (B, F, 3, H, W) in [0, 1] -> encoded and decoded."""
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
+        sim.check_frames(frames)
         decoded = []
         for x in frames.flatten(0, 1).split(frames_per_call(frames.device)):
             images = vae.decode(vae.encode(2 * x - 1))

@@ -57,7 +57,6 @@ def kl_by_hand(logits, logits_ref):
     (["--top_k", "1"], "--top_k 1: greedy"), (["--top_k", "0"], "--top_k 0"),
     (["--top_k", "-1"], "--top_k -1"), (["--top_k", "257"], "--top_k 257"),
     (["--horizon", "1000"], "--horizon 1000: must be from 1 to 32"),
-    (["--whole_clip", "--horizon", "4"], "--horizon 4: with --whole_clip"),
     (["--clip_eps", "5"], "--clip_eps 5.0"), (["--clip_eps", "0"], "--clip_eps 0.0"),
     (["--beta", "1e9"], "--beta"), (["--prompts", "1000000000"], "--prompts"),
     (["--clips", "1000000000000"], "--clips"), (["--eval_clips", "1"], "--eval_clips 1"),

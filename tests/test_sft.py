@@ -54,6 +54,12 @@ def test_sequence():
     assert (ids[:, 0] == 0).all() and torch.equal(ids[:, 1:] - 1, codes.flatten(1).long())
 
 
+def test_codes_of_another_model_are_no_sequence():
+    for wrong in (clips() + 12, clips().long() - 13, clips().to(torch.int8) - 12):
+        with pytest.raises(ValueError, match="0, 12"):
+            sft.sequence(model(), wrong)
+
+
 def test_loss_is_the_cross_entropy_of_the_next_code():
     llama, codes = model(), clips()
     ids = sft.sequence(llama, codes)
@@ -98,6 +104,8 @@ def test_corrupt_inputs():
     expected = 0.2 * 49 / 50 * torch.tensor([0, 0, 0, 1.0, 1, 1])   # one in 50 is right by chance
     torch.testing.assert_close(wrong, expected, rtol=0, atol=0.04)
     assert torch.equal(corrupted(0.2), corrupted(0.2))
+    codes, same = codes.to(torch.uint8), corrupted(0.2)
+    assert torch.equal(corrupted(0.2), same)
 
 
 def test_nearest_codes():
