@@ -133,6 +133,8 @@ def decode(tokenizer: DDT, codes: Tensor,
     B, F, _ = codes.shape
     n = frames_per_call(tokenizer.quantizer.codebook.device)
     if isinstance(generator, list):
+        if len(generator) != B:
+            raise ValueError(f"{len(generator)} generators for {B} clips: one per clip")
         b = max(n // F, 1)                                                      # clips per call
         calls = [(codes[i:i + b].flatten(0, 1), generator[i:i + b]) for i in range(0, B, b)]
     else:

@@ -298,7 +298,6 @@ def predictions(run: Path, name: str, config: Config, samples: int = 0) -> dict[
     Rows: "" (a sample of DiT, greedy decoding of a language model) and, of language models,
     "sample 1" to "sample <samples>" (top-k 50, top-p 0.95, as the rollouts of RL).
     """
-    path = checkpoint.writable(run / "figures") / f"{name}.json"
     if name == "dit":
         model = load(run, "dit")
         predictors = {"": model.predictor()}
@@ -309,6 +308,7 @@ def predictions(run: Path, name: str, config: Config, samples: int = 0) -> dict[
         for i in range(samples):
             predictors[f"sample {i + 1}"] = sft.predictor(model, tokenizer, i, 50, 0.95)
         size, scenarios = tokenizer.config.size, motions(run, name)
+    path = checkpoint.writable(run / "figures") / f"{name}.json"
     forget_others(path, run, name)
     for row, predict in predictors.items():
         for scenario in scenarios:

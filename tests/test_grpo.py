@@ -473,6 +473,9 @@ def test_what_is_tokenized_can_be_decoded(rollout):
     for name in "int16 int32 int64 uint16 uint32 uint64".split():
         same = codes.to(getattr(torch, name))
         assert torch.equal(sft.decode(rollout.tokenizer, same, seeded()), frames)
+    for n in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"{n} generators for 3 clips"):
+            sft.decode(rollout.tokenizer, codes, [seeded()] * n)
     for dtype in (torch.bool, torch.float32, torch.float64, torch.complex64):
         with pytest.raises(ValueError, match="must be integers"):
             sft.decode(rollout.tokenizer, codes.to(dtype), seeded())
