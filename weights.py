@@ -72,7 +72,6 @@ FIXED = {
 FOLLOWED = {field.name for field in dataclasses.fields(LlamaConfig)} - {"attention_bias"} | {
     "model_type", "rope_parameters", "layer_types"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES_OF_DTYPES = "float32, bfloat16 or float16"
 META_FOLLOWED = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier",
                  "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor",
                  "rope_high_freq_factor", "vocab_size", "max_batch_size", "max_seq_len"}
@@ -133,14 +132,14 @@ def special_tokens(raw: dict) -> dict:
     return {name: raw[name] for name in names if raw.get(name) is not None}
 
 
-def refuse_others(raw: dict, known: set[str], fixed: dict) -> None:
+def refuse_others(raw: dict, known: set[str], fixed: dict, where: str = "") -> None:
     """Raises ValueError for a field that is neither known nor of its fixed value nor empty."""
     for key, value in raw.items():
         if key in known or key.startswith("_") or value in (None, "", [], {}):
             continue
-        said = f"{key} = {json.dumps(value)[:60]} is not supported"
+        said = f"{key} = {json.dumps(value)[:60]} is not supported{where}"
         if key not in fixed:
-            raise ValueError(f"{said}. If you know that it changes nothing, delete it here")
+            raise ValueError(f"{said}. If you know that it changes nothing, delete it there")
         if value != fixed[key]:
             raise ValueError(f"{said}: only {json.dumps(fixed[key])}")
 
@@ -156,7 +155,7 @@ def config_from_json(raw: dict) -> LlamaConfig:
     raw = DEFAULTS[kind] | raw
     is_qwen = kind == "qwen2"
     known = FOLLOWED | NEUTRAL
-    if is_qwen:
+    if is_qwen or raw.get("use_sliding_window") is False:
         refuse_windows(raw)
         known |= {"use_sliding_window", "sliding_window", "max_window_layers"}
     refuse_others(raw, known, FIXED | {"attention_bias": is_qwen})
@@ -213,7 +212,7 @@ def rotary(raw: dict) -> tuple[float, dict | None]:
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope_type {kind!r} is not supported: default or llama3")
     known = LLAMA31_ROPE.keys() if kind == "llama3" else set()
-    refuse_others(rope, known, FIXED)
+    refuse_others(rope, known, FIXED, f" with rope_type {kind}")
     scaling = {"rope_type": kind} | {key: rope[key] for key in known & rope.keys()}
     return theta, scaling if kind == "llama3" else None
 
@@ -271,7 +270,7 @@ def config_from_meta(raw: dict, rows: int) -> LlamaConfig:
 def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -> Llama:
     """Builds the model without memory, then puts the tensors in their places one by one."""
     if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype = {dtype}: it must be {NAMES_OF_DTYPES}")
+        raise ValueError(f"dtype = {dtype}: it must be float32, bfloat16 or float16")
     config = read_config(folder)
     if n_visual < 0 or n_visual and config.n_visual not in (0, n_visual):
         raise ValueError(f"{folder} has {config.n_visual} visual codes, not n_visual = {n_visual}")
@@ -281,10 +280,10 @@ def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -
     own_head = None
     tensors = meta_tensors if is_meta(folder) else hugging_face_tensors
     for path, name, value in tensors(folder, model):
-        dtype = dtype or value.dtype
         if name == HEAD and config.tie_word_embeddings:
             own_head = path, value                              # memory-mapped: no copy yet
         elif name in wanted:
+            dtype = dtype or value.dtype
             put(model, path, name, value, dtype, device)
             wanted.remove(name)
         elif name not in model.state_dict():
@@ -292,7 +291,7 @@ def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -
         elif not is_equal(model.get_parameter(name), value):
             raise ValueError(f"{path} holds {name}, which another file has with other values")
         del value                                               # free it before the next
-    if own_head and EMBEDDING in wanted:                        # written once, under this name
+    if own_head and EMBEDDING in wanted:                        # tied, stored under this name
         put(model, own_head[0], EMBEDDING, own_head[1], dtype, device)
         wanted.remove(EMBEDDING)
     if wanted:
@@ -315,7 +314,7 @@ def put(model: Llama, path: Path, name: str, value: Tensor, dtype: torch.dtype, 
         raise ValueError(f"{path}: {name} is {tuple(value.shape)}, the config asks for "
                          f"{tuple(shape)}")
     if value.dtype not in DTYPES:
-        raise ValueError(f"{path}: {name} is {value.dtype}, not {NAMES_OF_DTYPES}")
+        raise ValueError(f"{path}: {name} is {value.dtype}, not float32, bfloat16 or float16")
     value = value.to(device or "cpu", dtype, copy=True)         # a copy: no tie to the file
     if not torch.isfinite(value).all():
         raise ValueError(f"{path}: {name} holds NaN or infinity (in {value.dtype})")
@@ -376,13 +375,12 @@ def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
 
 
 def other_format(folder: Path) -> str:
-    """For error messages: what a folder has instead of WEIGHTS, and how to convert it."""
-    suffixes = (".safetensors", ".pth", ".gguf")
+    """For an error message: what a folder has instead of WEIGHTS, and how to convert it."""
     if any(folder.glob("pytorch_model*.bin")):
         return (", only pytorch_model*.bin: to convert it, run transformers' AutoModelForCausalLM."
                 f"from_pretrained('{folder}').save_pretrained('{folder}')")
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
-    return f", only {others[0]}: convert it to Hugging Face's layout" if others else ""
+    others = [*folder.glob("*.safetensors"), *folder.glob("*.pth"), *folder.glob("*.gguf")]
+    return f", only {others[0].name}: convert it to Hugging Face's layout" if others else ""
 
 
 def read_meta(folder: Path) -> dict[str, Tensor]:
