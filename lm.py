@@ -82,24 +82,32 @@ class LlamaConfig:
                      "num_attention_heads", "num_key_value_heads", "head_dim",
                      "max_position_embeddings"):
             value = getattr(self, name)
-            check(type(value) is int and value > 0, name, "a positive integer")
+            most = 1000 if name == "num_hidden_layers" else 2 ** 24
+            check(type(value) is int and 0 < value <= most, name,
+                  f"a positive integer, at most {most}")
         for name in ("rms_norm_eps", "rope_theta"):
             check(is_positive(getattr(self, name)), name, "a positive number")
         for name in ("tie_word_embeddings", "attention_bias"):
             check(isinstance(getattr(self, name), bool), name, "true or false")
-        for name in ("bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            ids = value if isinstance(value, list) else [value]
-            are_ids = all(type(i) is int and i >= 0 for i in ids)
-            check(value is None or are_ids, name, "an id, a list of ids or null")
+        codes = self.n_visual
+        check(type(codes) is int and 0 <= codes <= self.vocab_size, "n_visual", "0 to vocab_size")
+        words = self.vocab_size - codes
+
+        def is_word(value) -> bool:
+            return type(value) is int and 0 <= value < words
+
+        bos, eos = self.bos_token_id, self.eos_token_id
+        check(bos is None or is_word(bos), "bos_token_id", f"an id below {words}, or null")
+        check(eos is None or is_word(eos) or isinstance(eos, list) and all(map(is_word, eos)),
+              "eos_token_id", f"an id below {words}, a list of ids or null")
         scaling = self.rope_scaling
         if scaling is not None:
             check(isinstance(scaling, dict), "rope_scaling", "null or an object")
             for key in [key for key in LLAMA31_ROPE if key != "rope_type"]:
                 wanted = f"given a positive number for {key}"
                 check(is_positive(scaling.get(key)), "rope_scaling", wanted)
-        codes = self.n_visual
-        check(type(codes) is int and 0 <= codes <= self.vocab_size, "n_visual", "0 to vocab_size")
+            check(scaling["low_freq_factor"] < scaling["high_freq_factor"], "rope_scaling",
+                  "given a high_freq_factor above low_freq_factor")
         check(self.head_dim % 2 == 0, "head_dim", "even")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
@@ -323,6 +331,7 @@ class Llama(nn.Module):
         self.config = config
         self.checkpointing = False          # keep only the blocks' inputs for the backward pass
         self.source: Path | None = None     # folder whose tokenizer `save` copies
+        self.generation: dict = {}          # its generation_config.json
         layers = range(config.num_hidden_layers)
         self.model = nn.ModuleDict({        # for Hugging Face's names: model.embed_tokens.weight
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -419,14 +428,16 @@ class Llama(nn.Module):
         """
         Opens a folder in Hugging Face's layout (config.json, one safetensors file or shards with
         an index) or Meta's (params.json, consolidated.00.pth). At its peak the device holds the
-        model and one tensor more.
+        model and one tensor more. A head of its own is kept, even if config.json calls it tied.
 
-        dtype: of all parameters; None: that of the first tensor stored. n_visual > 0 extends the
-        vocabulary by that many visual codes, unless the folder has them already.
+        dtype: of all parameters (fp32, bf16 or fp16); None: that of the first tensor stored.
+        n_visual > 0 extends the vocabulary by that many visual codes, unless the folder has them
+        already.
 
         Raises ValueError if the folder has another number of visual codes, for a file (named) that
-        is missing, damaged or not supported, and for a tensor (named) that is missing, unknown,
-        listed twice, of another shape, neither fp32, bf16 nor fp16, or not finite.
+        is missing, damaged or not supported, for a setting (named) that would change the result
+        and is not supported, and for a tensor (named) that is missing, unknown, there twice with
+        different values, of another shape, neither fp32, bf16 nor fp16, or not finite.
         """
         import weights                      # here, because weights.py imports this file
         return weights.load_model(Path(folder), dtype, device, n_visual)
@@ -434,8 +445,8 @@ class Llama(nn.Module):
     def save(self, folder) -> None:
         """
         Writes a folder that transformers opens: config.json, generation_config.json,
-        model.safetensors, and copies of the tokenizer's files if the folder that the model was
-        loaded from has any. Shards of an earlier model are removed.
+        model.safetensors, and copies of the tokenizer's files and chat template if the folder that
+        the model was loaded from has any. Shards of an earlier model are removed.
 
         An interrupted save leaves all old tensors or all new ones, never a mixture; config and
         tokenizer files may then be older or newer than they. Raises OSError (a full disk, say).
@@ -453,11 +464,16 @@ def truncate(logits: Tensor, top_k: int = 50, top_p: float = 0.95) -> Tensor:
 
     First the top_k most likely codes are kept and renormalised, then of these the shortest prefix
     whose probability reaches top_p. Ties go to the lower index; at least one code stays. top_k = 1
-    (or less) is greedy decoding.
+    is greedy decoding; top_k = V and top_p = 1 keep all codes. Elsewhere 0 and -1 mean "all", or
+    greedy decoding: here they raise ValueError.
     """
+    if top_k is None or not top_k >= 1:
+        raise ValueError(f"top_k = {top_k}: it must be at least 1 (as large as V: all)")
+    if top_p is None or not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p}: it must be above 0 and at most 1 (1: all)")
     ordered, index = logits.float().sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
-    ordered = ordered.masked_fill(rank >= max(top_k, 1), -torch.inf)
+    ordered = ordered.masked_fill(rank >= top_k, -torch.inf)
     p = ordered.softmax(-1)
     before = p.cumsum(-1) - p                                   # held by the codes ranked higher
     keep = (before < top_p) | (top_p >= 1)                      # 1: all, although cumsum rounds
@@ -513,6 +529,8 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, group: int = 1, 
     if isinstance(generator, list) and len(generator) != B:
         raise ValueError(f"{len(generator)} generators for {B} prompts: one per prompt")
     check_length(config, S, T)
+    if prompt.min() < 0 or prompt.max() >= config.vocab_size:   # CUDA would end the process
+        raise ValueError(f"a prompt with ids outside the vocabulary of {config.vocab_size}")
 
     capacity = S + T - 1                                        # the last code is not fed back
     cache = Cache(config, B, capacity, prompt.device, model.head.dtype)

@@ -6,6 +6,7 @@ The language model: logits against transformers', the cache, sampling and scorin
 fixtures/{llama31,llama2,qwen25-tied,qwen25-untied} are small random models that transformers wrote,
 with their logits and greedy continuations.
 """
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -87,11 +88,17 @@ def test_parameters_of_the_named_configurations(name, parameters):
     ({"rope_scaling": SCALING | {"high_freq_factor": math.nan}}, "rope_scaling"),
     ({"rms_norm_eps": True}, "rms_norm_eps"),
     ({"rope_theta": math.inf}, "rope_theta"),
-    ({"eos_token_id": [1, -1]}, "eos_token_id .* an id, a list of ids or null"),
-    ({"eos_token_id": [None]}, "eos_token_id")])
+    ({"rope_scaling": SCALING | {"high_freq_factor": 0.5}}, "high_freq_factor above low"),
+    ({"eos_token_id": [1, -1]}, "eos_token_id .* an id below 80, a list of ids or null"),
+    ({"eos_token_id": [None]}, "eos_token_id"),
+    ({"eos_token_id": 80}, "eos_token_id"),
+    ({"bos_token_id": 80}, "bos_token_id = 80: it must be an id below 80"),
+    ({"bos_token_id": 70, "n_visual": 10}, "bos_token_id"),
+    ({"n_visual": 81}, "n_visual"), ({"hidden_size": 10 ** 12}, "hidden_size"),
+    ({"num_hidden_layers": 10 ** 6}, "num_hidden_layers")])
 def test_bad_configurations_are_named(change, culprit):
     with pytest.raises(ValueError, match=culprit):
-        LlamaConfig(80, 32, 48, 2, 4, 2, 8, **change)
+        dataclasses.replace(LlamaConfig(80, 32, 48, 2, 4, 2, 8), **change)
 
 
 # ------------------------------------------------------------------ rotary positions
@@ -183,7 +190,7 @@ def test_cuda_graph_is_the_eager_step():
 
 def support_by_hand(logits: list[float], top_k: int, top_p: float) -> list[bool]:
     """In float64: the top_k largest (ties: lower index), of these the fewest that reach top_p."""
-    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:max(top_k, 1)]
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
     weights = [math.exp(logits[i] - logits[order[0]]) for i in order]
     keep, held = set(), 0.0
     for i, w in zip(order, weights):
@@ -211,6 +218,19 @@ def test_truncate_against_a_plain_loop(top_k, top_p):
 def test_no_truncation_keeps_everything():
     logits = 3 * torch.randn(1000, 256, generator=seeded())
     assert truncate(logits, 256, 1.0).all()
+
+
+@pytest.mark.parametrize("top_k, top_p, culprit", [
+    (0, 0.95, "top_k = 0"), (-1, 0.95, "top_k = -1"), (None, 0.95, "top_k"),
+    (math.nan, 0.95, "top_k"), (50, 0, "top_p = 0"), (50, 2, "top_p = 2"), (50, -0.1, "top_p"),
+    (50, math.nan, "top_p = nan"), (50, math.inf, "top_p"), (50, None, "top_p")])
+def test_truncations_that_mean_nothing_are_named(top_k, top_p, culprit):
+    """Elsewhere top_k = 0 and -1 mean all codes. Here they would have been greedy decoding."""
+    model = small()
+    for use in (lambda: truncate(torch.zeros(3, 20), top_k, top_p),
+                lambda: generate(model, prompts_of(model), 2, 1, top_k, top_p)):
+        with pytest.raises(ValueError, match=culprit):
+            use()
 
 
 def test_logprobs_normalise_over_the_support():
@@ -282,6 +302,12 @@ def test_one_prefill_serves_the_group():
 def test_nothing_to_generate(prompt, T, group):
     with pytest.raises(ValueError, match="at least one"):
         generate(small(), torch.zeros(prompt, dtype=torch.int64), max_new_tokens=T, group=group)
+
+
+@pytest.mark.parametrize("i", [-1, 80])
+def test_prompts_outside_the_vocabulary_are_named(i):
+    with pytest.raises(ValueError, match="outside the vocabulary of 80"):
+        generate(small(), torch.tensor([[1, i]]), 3)
 
 
 @pytest.mark.parametrize("group", [1, 8])

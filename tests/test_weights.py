@@ -8,6 +8,7 @@ The folders in fixtures/ are described in test_lm.py.
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights
-from lm import CONFIGS, Llama, LlamaConfig, generate
+from lm import CONFIGS, LLAMA31_ROPE, Llama, LlamaConfig, generate
 from test_lm import FIXTURES, PEERS, SCALING, prompts_of, seeded, small
 from weights import read_config
 
@@ -136,8 +137,12 @@ def test_bad_tensors_are_named(tmp_path, change, culprit):
 @pytest.mark.parametrize("change, culprit", [
     (lambda raw: raw.update(model_type="mamba"), "mamba"),
     (lambda raw: raw.pop("model_type"), "model_type"),
-    (lambda raw: [raw.pop(k) for k in ("rope_parameters", "rope_theta", "rope_scaling")],
-     "rope_theta"),
+    (lambda raw: raw.update(rope_theta=1.0), "rope_theta is 1.0 and, in rope_parameters, 500000"),
+    (lambda raw: raw.update(rope_scaling={"type": "linear"}), "rope_type is linear and.* default"),
+    (lambda raw: raw["rope_parameters"].update(factor=8.0), "factor = 8.0 .* rope_type default"),
+    (lambda raw: raw["rope_parameters"].update(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    (lambda raw: raw["rope_parameters"].update(SCALING, low_freq_factor=4.0), "low_freq_factor"),
+    (lambda raw: raw["rope_parameters"].update(SCALING, beta_fast=32), "beta_fast"),
     (lambda raw: raw["rope_parameters"].update(rope_type="yarn"), "yarn"),
     (lambda raw: raw.pop("hidden_size"), "hidden_size"),
     (lambda raw: raw.update(hidden_size="32"), "hidden_size"),
@@ -145,23 +150,220 @@ def test_bad_tensors_are_named(tmp_path, change, culprit):
     (lambda raw: raw.update(num_hidden_layers=None), "num_hidden_layers"),
     (lambda raw: raw.update(num_attention_heads=0, head_dim=None), ""),
     (lambda raw: raw.update(num_key_value_heads=3), "4 heads on 3"),
+    (lambda raw: raw.update(num_key_value_heads=0), "num_key_value_heads"),
     (lambda raw: raw.update(head_dim=7), "head_dim"),
+    (lambda raw: raw.update(head_dim=0), "head_dim"),
+    (lambda raw: raw.update(num_hidden_layers=10 ** 9), "num_hidden_layers"),
+    (lambda raw: raw.update(vocab_size=-1), "vocab_size"),
     (lambda raw: raw.update(rms_norm_eps=None), "rms_norm_eps"),
     (lambda raw: raw.update(eos_token_id="</s>"), "eos_token_id"),
     (lambda raw: raw.update(bos_token_id=-1), "bos_token_id"),
+    (lambda raw: raw.update(bos_token_id=48), "bos_token_id = 48: .* below 48"),    # a visual code
+    (lambda raw: raw.update(bos_token_id=[1]), "bos_token_id"),
+    (lambda raw: raw.update(eos_token_id=[2, 151643]), "eos_token_id"),
     (lambda raw: raw["rope_parameters"].update(rope_theta="1e4"), "rope_theta"),
     (lambda raw: raw.update(rope_parameters=[1]), "rope_parameters"),
     (lambda raw: raw["rope_parameters"].update(rope_type="llama3"), "rope_scaling"),
     (lambda raw: raw["rope_parameters"].update(SCALING, factor="8"), "rope_scaling"),
     (lambda raw: raw.update(n_visual=1000), "n_visual"),
     (lambda raw: raw.update(tie_word_embeddings="false"), "tie_word"),
-    (lambda raw: raw.update(quantization_config={"bits": 4}), "quantized"),
-    (lambda raw: raw.update(hidden_act="gelu"), "hidden_act"),
-    (lambda raw: raw.update(attention_bias=True), "attention_bias"),
-    (lambda raw: raw.update(mlp_bias=True), "mlp_bias")])
+    (lambda raw: raw.update(quantization_config={"bits": 4}), "quantization_config")])
 def test_bad_configs_are_named(tmp_path, change, culprit):
     with pytest.raises(ValueError, match=f"config.json.*{culprit}"):
         Llama.load(edited(tmp_path, config=change))
+
+
+@pytest.mark.parametrize("field, value", [
+    ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True), ("is_causal", False),
+    ("attention_dropout", 0.1), ("partial_rotary_factor", 0.5), ("rope_interleaved", True),
+    ("sliding_window", 4), ("use_sliding_window", True), ("layer_types", ["sliding_attention"]),
+    ("quantization", {"bits": 4}), ("per_layer_config", {"0": {"rms_norm_eps": 1.0}}),
+    ("original_max_position_embeddings", 8192), ("final_logit_softcapping", 30.0),
+    ("unheard_of", 3), ("unheard_of", False)])
+def test_settings_that_are_not_followed_are_named(tmp_path, field, value):
+    with pytest.raises(ValueError, match=f"config.json: {field} .*supported"):
+        Llama.load(edited(tmp_path, config=lambda raw: raw.update({field: value})))
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "mrope"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_other_rope_types_are_named(tmp_path, rope_type, key):
+    def change(raw):
+        raw.pop("rope_parameters")
+        raw["rope_scaling"] = {key: rope_type, "factor": 2.0}
+    with pytest.raises(ValueError, match=f"config.json: rope_type '{rope_type}'"):
+        Llama.load(edited(tmp_path, config=change))
+
+
+@pytest.mark.parametrize("changes, good", [
+    ({}, True), ({"use_sliding_window": True}, True),
+    ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, True),
+    ({"use_sliding_window": True, "max_window_layers": 2}, True),
+    ({"use_sliding_window": True, "max_window_layers": 1}, False),
+    ({"layer_types": ["full_attention"] * 2, "use_sliding_window": True, "max_window_layers": 1},
+     True),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, False)])
+def test_windows_of_qwen2(changes, good):
+    """Of the two layers, those from max_window_layers (28) on slide: as in transformers."""
+    raw = json.loads((FIXTURES / "qwen25-tied" / "config.json").read_text())
+    del raw["layer_types"]
+    raw["sliding_window"] = 4
+    if good:
+        weights.config_from_json(raw | changes)
+    else:
+        with pytest.raises(ValueError, match="max_window_layers|layer_types"):
+            weights.config_from_json(raw | changes)
+
+
+# What transformers 5.24 does with each of these folders was tried: it gives the logits of the
+# unchanged one, which it wrote.
+
+
+def rename_tensors(rename):
+    def change(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        save_file({rename(name): x for name, x in load_file(path).items()}, path)
+    return change
+
+
+def more_tensors(make, file="model.safetensors"):
+    def change(folder: Path) -> None:
+        save_file(make(load_file(folder / file)), folder / file)
+    return change
+
+
+def change_json(change, name="config.json"):
+    def apply(folder: Path) -> None:
+        raw = json.loads((folder / name).read_text())
+        change(raw)
+        (folder / name).write_text(json.dumps(raw))
+    return apply
+
+
+SHARD = "model-00001-of-00006.safetensors"
+OPENED = {
+    "no rope_theta": ("llama2", change_json(lambda raw: raw.pop("rope_parameters"))),
+    "no rms_norm_eps": ("qwen25-tied", change_json(lambda raw: raw.pop("rms_norm_eps"))),
+    "neutral fields": ("llama2", change_json(lambda raw: raw.update(
+        pretraining_tp=2, auto_map={"AutoModel": "m.M"}, _name_or_path="x", torch_dtype="float16",
+        unsloth_fixed=True, use_cache=False, temperature=0.6, max_length=4096, pruned_heads={},
+        rope_interleaved=False, sliding_window=None, unheard_of=None))),
+    "tied, with a head of its own": (
+        "qwen25-untied", change_json(lambda raw: raw.update(tie_word_embeddings=True))),
+    "tied, head stored too": ("qwen25-tied", more_tensors(
+        lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})),
+    "tied, head stored only": ("qwen25-tied", rename_tensors(
+        lambda name: name.replace("model.embed_tokens", "lm_head"))),
+    "no prefix": ("qwen25-tied", rename_tensors(lambda name: name.removeprefix("model."))),
+    "two prefixes": ("qwen25-tied", rename_tensors(lambda name: f"model.{name}")),
+    "buffers": ("llama2", more_tensors(lambda t: t | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.1.self_attn.masked_bias": torch.ones(1)})),
+    "stale index": ("llama2", lambda folder: (folder / INDEX).write_text(
+        json.dumps({"weight_map": {NORM: "model-00001-of-00002.safetensors"}}))),
+    "shard with a tensor more": ("llama31", more_tensors(
+        lambda t: t | {"extra": torch.zeros(3)}, SHARD)),
+    "shard with a tensor of another": ("llama31", more_tensors(
+        lambda t: t | {NORM: norm_of(FIXTURE)}, SHARD)),
+    "not listed": ("llama31", change_json(lambda raw: raw["weight_map"].pop(NORM), INDEX)),
+    "listed elsewhere": (
+        "llama31", change_json(lambda raw: raw["weight_map"].update({NORM: SHARD}), INDEX)),
+    "listed, nowhere": (
+        "llama31", change_json(lambda raw: raw["weight_map"].update(extra=SHARD), INDEX)),
+}
+
+
+def norm_of(folder: Path) -> torch.Tensor:
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    return load_file(folder / index[NORM])[NORM]
+
+
+@pytest.mark.parametrize("case", OPENED)
+@torch.no_grad()
+def test_what_transformers_opens_gives_its_logits(tmp_path, case):
+    name, change = OPENED[case]
+    folder = shutil.copytree(FIXTURES / name, tmp_path / "m")
+    change(folder)
+    expected = load_file(folder / "expected.safetensors")
+    model = Llama.load(folder)
+    assert (model.logits(model(expected["ids"])) - expected["logits"]).abs().max() < 1e-4
+    model.save(tmp_path / "saved")
+    again = Llama.load(tmp_path / "saved")
+    assert same_weights(again, model) and again.config == model.config
+    assert hasattr(model, "lm_head") == (name != "qwen25-tied")
+
+
+def test_a_variant_is_read_where_it_is_alone(tmp_path):
+    folder, path = edited(tmp_path), tmp_path / "model.safetensors"
+    path.rename(tmp_path / "model.fp16.safetensors")
+    assert same_weights(Llama.load(folder), small())
+    shutil.copy(tmp_path / "model.fp16.safetensors", tmp_path / "model.bf16.safetensors")
+    with pytest.raises(ValueError, match="model.bf16.safetensors.*rename") as error:
+        Llama.load(folder)
+    assert "model.fp16.safetensors" in str(error.value)
+    for name in ("model.fp16.safetensors", "model.bf16.safetensors"):
+        (tmp_path / name).unlink()
+    sharded(folder, small())
+    for file in [*folder.glob("model-*")]:
+        file.rename(folder / file.name.replace("model-", "model.fp16-"))
+    text = (folder / INDEX).read_text().replace("model-", "model.fp16-")
+    (folder / INDEX).rename(folder / "model.safetensors.index.fp16.json").write_text(text)
+    assert same_weights(Llama.load(folder), small())
+
+
+@pytest.mark.parametrize("name, remedy", [
+    ("pytorch_model.bin", "from_pretrained.*save_pretrained"),
+    ("pytorch_model-00001-of-00002.bin", "from_pretrained.*save_pretrained"),
+    ("consolidated.safetensors", "only consolidated.safetensors: convert"),
+    ("a.gguf", "only a.gguf: convert"), ("training_args.bin", "no model.safetensors$")])
+def test_other_formats_are_named(tmp_path, name, remedy):
+    (edited(tmp_path) / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{tmp_path} has no model.safetensors.*") as error:
+        Llama.load(tmp_path)
+    assert re.search(remedy, str(error.value))
+
+
+def test_an_adapter_is_named(tmp_path):
+    (edited(tmp_path) / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapter_config.json.*merge"):
+        read_config(tmp_path)
+
+
+def test_two_values_for_one_tensor_are_named(tmp_path):
+    folder = shutil.copytree(FIXTURE, tmp_path / "m")
+    more_tensors(lambda t: t | {NORM: norm_of(FIXTURE) + 1}, SHARD)(folder)
+    with pytest.raises(ValueError, match=f"{NORM}.*other values"):
+        Llama.load(folder)
+
+
+@pytest.mark.parametrize("change, culprit", [
+    ({"dtype": torch.float64}, "dtype"), ({"dtype": "bfloat16"}, "dtype"),
+    ({"dtype": torch.int8}, "dtype"), ({"n_visual": -1}, "n_visual = -1")])
+def test_bad_arguments_are_named(change, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        Llama.load(FIXTURES / "llama2", **change)
+
+
+def test_generation_config_is_followed_and_travels(tmp_path):
+    """As for Llama-3-8B-Instruct: config.json has one end token, generation_config.json two."""
+    folder = shutil.copytree(FIXTURES / "llama2", tmp_path / "a")
+    path = folder / "generation_config.json"
+    settings = {"bos_token_id": 3, "eos_token_id": [2, 7], "temperature": 0.6}
+    path.write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text("{{ é }}", encoding="utf-8")
+    model = Llama.load(folder, n_visual=8)
+    assert model.config.bos_token_id == 3 and model.config.eos_token_id == [2, 7]
+    model.save(tmp_path / "b")
+    Llama.load(tmp_path / "b").save(tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "generation_config.json").read_text()) == settings
+    assert (tmp_path / "c" / "chat_template.jinja").read_bytes() == "{{ é }}".encode()
+    assert read_config(tmp_path / "c") == model.config
+    path.write_text('{"temperature": 0.6}')                     # none there: those of config.json
+    assert read_config(folder).eos_token_id == 2
+    for bad in ('{"eos_token_id": [2, 320]}', '{"bos_token_id": "<s>"}', "{"):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match="generation_config.json"):
+            Llama.load(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -174,15 +376,11 @@ def test_bad_files_are_named(tmp_path, name, damage):
 
 
 @pytest.mark.parametrize("damage, culprit", [
-    (lambda m: m.pop(NORM), NORM),
-    (lambda m: m.update({NORM: "model-00001-of-00006.safetensors"}), "model-00001-of-00006"),
     (lambda m: m.update({NORM: "model-00009-of-00006.safetensors"}), "model-00009-of-00006"),
-    (lambda m: m.update({"model.extra": m[NORM]}), "model-00005-of-00006.safetensors"),
     (lambda m: m.update({NORM: "../model.safetensors"}), "../model.safetensors"),
     (lambda m: m.update({NORM: "/etc/hosts"}), "/etc/hosts"),
     (lambda m: m.update({NORM: "sub/model.safetensors"}), "sub/model.safetensors")],
-    ids=["not listed", "other shard", "no such shard", "listed, nowhere", "above", "absolute",
-         "below"])
+    ids=["no such shard", "above", "absolute", "below"])
 def test_bad_shards_are_named(tmp_path, damage, culprit):
     folder = shutil.copytree(FIXTURE, tmp_path / "m")
     index = json.loads((folder / INDEX).read_text())
@@ -384,6 +582,29 @@ def test_params_json_of_the_real_ones(name):
         raw |= {"n_kv_heads": 8, "multiple_of": 1024, "ffn_dim_multiplier": 1.3,
                 "rope_theta": 500000.0, "use_scaled_rope": True, "vocab_size": 128256}
     assert weights.config_from_meta(raw, ours.vocab_size) == ours
+
+
+@pytest.mark.parametrize("change, culprit", [
+    ({"quantization_args": {"group_size": 256}}, "quantization_args"),
+    ({"lora_args": {"rank": 16}}, "lora_args"), ({"moe": False}, "moe"),
+    ({"head_dim": 64}, "head_dim"), ({"vocab_size": 32016}, "vocab_size = 32016.*32000 rows"),
+    ({"n_kv_heads": 0}, "num_key_value_heads"), ({"use_scaled_rope": "no"}, "use_scaled_rope"),
+    ({"use_scaled_rope": True, "rope_scaling_factor": "8"}, "factor")])
+def test_bad_params_are_named(change, culprit):
+    raw = {"dim": 4096, "n_layers": 32, "n_heads": 32, "norm_eps": 1e-5}
+    with pytest.raises(ValueError, match=culprit):
+        weights.config_from_meta(raw | change, 32000)
+
+
+def test_metas_rope_scaling_is_followed():
+    """As in Llama 3.2's params.json; converted to Hugging Face's, the factor is 32 as well."""
+    raw = {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "norm_eps": 1e-5,
+           "ffn_dim_multiplier": 1.5, "multiple_of": 256, "rope_theta": 500000.0,
+           "vocab_size": 128256, "use_scaled_rope": True, "rope_scaling_factor": 32.0,
+           "rope_high_freq_factor": 2.0, "lora_args": None, "max_seq_len": 2048}
+    config = weights.config_from_meta(raw, 128256)
+    assert config.rope_scaling == LLAMA31_ROPE | {"factor": 32.0, "high_freq_factor": 2.0}
+    assert config.intermediate_size == 8192
 
 
 class Bomb:
