@@ -713,8 +713,8 @@ class Run:
         # a long step may be killed before its end: what the steps before it did is saved now (not
         # of several ranks, which cannot be sure to be in the same step)
         saved = self.current % self.config.save_every == 0
-        can_save = self.world.size == 1 and not torch.cuda.is_current_stream_capturing()
-        if unchanged and not saved and can_save:
+        graph = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if unchanged and not saved and not graph and self.world.size == 1:
             self._save(self.current - 1)
 
     def __exit__(self, error, *_) -> None:
