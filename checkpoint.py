@@ -112,13 +112,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value) -> None:
     with replacing(path) as part:
-        part.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(value) + "\n")
 
 
 def read_json(path: Path, remedy: str = "delete it") -> dict:
     """The object of a JSON file; {} if there is no file. UserError for a damaged one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        value = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
     check(isinstance(value, dict), f"{path} is damaged (it holds no JSON object): {remedy}")
@@ -409,7 +409,7 @@ def cached_array(path: Path, stamp: str, shape: tuple[int, ...], chunks: list[sl
     world.barrier()
     if world.is_main:
         part.replace(path)
-        note.write_text(stamp, encoding="utf-8")              # last: an array with a stamp is whole
+        note.write_text(stamp)              # last: an array with a stamp is whole
     world.barrier()
     return _load_array(path, note, stamp, shape)
 
@@ -418,6 +418,6 @@ def _load_array(path: Path, note: Path, stamp: str, shape: tuple) -> np.ndarray 
     try:
         array = np.load(path, mmap_mode="r")
         fits = array.shape == shape and array.dtype == np.uint8
-        return array if fits and note.read_text(encoding="utf-8") == stamp else None
+        return array if fits and note.read_text() == stamp else None
     except (OSError, ValueError, EOFError):
         return None

@@ -681,10 +681,10 @@ class Run:
             path = self.folder / "log.jsonl"
             kept = []                                           # a new run starts a new log
             if self.first and path.exists():
-                kept = path.read_text(encoding="utf-8").splitlines()[:self.first]
+                kept = path.read_text().splitlines()[:self.first]
             with checkpoint.replacing(path) as part:
-                part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            self.file = open(path, "a", encoding="utf-8")
+                part.write_text("".join(line + "\n" for line in kept))
+            self.file = open(path, "a")
             interval = 0.2 if sys.stderr.isatty() else 10       # seconds
             self.bar = tqdm(total=self.config.steps, initial=self.first, desc=self.folder.name,
                             ncols=100, unit="step", mininterval=interval)
@@ -706,15 +706,15 @@ class Run:
         self.signalled = now
         unchanged = self.optimizer.updates == self.updates      # the weights, in this step
         nothing_new = unchanged and self.current == self.first
-        if self.stopping or nothing_new:
-            raise KeyboardInterrupt
-        self.stopping = True
-        signal.alarm(STOP_TIMEOUT)
+        at_once, self.stopping = self.stopping or nothing_new, True
+        signal.alarm(30 if at_once else STOP_TIMEOUT)
+        if at_once:
+            raise KeyboardInterrupt         # of which the alarm makes sure: torch may ignore it
         # a long step may be killed before its end: what the steps before it did is saved now (not
         # of several ranks, which cannot be sure to be in the same step)
         saved = self.current % self.config.save_every == 0
         graph = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if unchanged and not saved and not graph and self.world.size == 1:
+        if unchanged and not (saved or self.skipped or graph) and self.world.size == 1:
             self._save(self.current - 1)
 
     def __exit__(self, error, *_) -> None:
