@@ -66,6 +66,8 @@ def cli(main) -> None:
     def stop(code: int, text: str) -> None:
         sys.stderr.write(f"\n{text}\n")
         sys.exit(code)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:   # as a script sets it while it imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")        # a letter that the terminal lacks is a "?"
     try:
