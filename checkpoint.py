@@ -16,11 +16,12 @@ A checkpoint holds no random state, because data order and noise are functions o
 """
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
+import socket
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Callable, Iterator, TextIO
@@ -31,6 +32,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:     # Windows
+    fcntl = None
 
 
 class UserError(Exception):
@@ -65,17 +71,30 @@ _locked: dict[str, TextIO] = {}                 # folder -> open file: closing i
 def lock(folder: Path, world) -> None:
     """
     One process at a time per run folder: two would overwrite each other's checkpoints. The lock is
-    freed when the process ends. Collective: no rank goes on before the folder is known to be free.
+    freed when the process ends. Collective: no rank goes on before the folder is known to be free,
+    and to be the same folder on all machines.
     """
+    check(fcntl, "training needs Linux or macOS (this Python has no fcntl); on Windows use WSL")
+    path = folder / ".lock"
     if world.is_main and str(folder) not in _locked:
-        file = open(folder / ".lock", "w")
+        file = open(path, "a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is training in {folder}: stop it, or choose "
                             "another --out") from None
+        except OSError as error:            # Lustre without the option flock, some NFS
+            print(f"{folder} cannot be locked ({error.strerror}): going on; no other process may "
+                  "train in it", flush=True)
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()} {time.time_ns()}\n")
+        file.flush()
+        os.fsync(file.fileno())
         _locked[str(folder)] = file
     world.barrier()
+    found = path.read_text(encoding="utf-8") if path.exists() else ""
+    check(len(set(world.all_gather(found))) == 1, f"{folder} is not the same folder for all ranks: "
+          "choose an --out on a file system that all machines share")
 
 
 @contextlib.contextmanager
@@ -211,15 +230,14 @@ def _remove(path: Path) -> None:
 
 def verify(path: Path, world) -> str:
     """What is wrong with a checkpoint, "" if nothing. Collective: every rank reads some files."""
+    damage, files = "", {}
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         right = manifest.pop("checksum") == _checksum_of(manifest)
-        if not right or path.name != f"checkpoint-{manifest['step']:08d}":
-            return "manifest.json is not what was written"
+        check(right and path.name == f"checkpoint-{manifest['step']:08d}", "another checksum")
         files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json is not what was written: {error!r}"
-    damage = ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        damage = f"manifest.json is not what was written: {error!r}"
     for name in sorted(files)[world.rank::world.size]:
         try:
             check(checksum(path / name) == files[name], f"{name} is not what was written")
@@ -239,12 +257,12 @@ def resume(folder: Path, model: nn.Module, optimizer, config, world) -> int:
     if config.fresh:
         return 0
     damaged = []
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(world.all_gather(checkpoints(folder))[0]):     # as rank 0 sees them
         if damage := verify(path, world):
             damaged.append(f"{path} is damaged ({damage})")
             world.print0(damaged[-1])
             continue
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         changes = changed_fields(manifest["config"], config)
         check(not changes, f"{path} is of another configuration ({changes}): restore that, choose "
               "another --out, or start over with --fresh")

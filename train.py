@@ -25,6 +25,7 @@ Source of the sharded optimizer: ZeRO stage 1, Rajbhandari et al. 2020,
 https://arxiv.org/abs/1910.02054.
 """
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -65,6 +66,10 @@ def cli(main) -> None:
     def stop(code: int, text: str) -> None:
         sys.stderr.write(f"\n{text}\n")
         sys.exit(code)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:   # as a script sets it while it imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")        # a letter that the terminal lacks is a "?"
     try:
         main()
     except (UserError, OSError) as error:   # OSError: a full disk, a file that vanished
@@ -81,6 +86,8 @@ def cli(main) -> None:
         sys.stderr.flush()
         os._exit(1)                         # sys.exit would wait for the lost rank
     except KeyboardInterrupt:
+        # torch waits for the processes of torch.compile, minutes if the signal ended them, too
+        atexit.register(signal.alarm, 30)
         stop(130, f"stopped. {go_on}")
     finally:
         if dist.is_initialized():
@@ -189,7 +196,8 @@ def scenarios(name: str) -> list[str]:
 
 # ------------------------------------------------------------------ ranks
 
-_slow_group = None      # a process group with a timeout of a day, to wait for an evaluation
+STEP_TIMEOUT = datetime.timedelta(minutes=10)       # a rank that hangs in a step ends the others
+_slow_group = None      # a process group with a timeout of a day: for loading, saving, evaluating
 
 
 @dataclass
@@ -247,17 +255,23 @@ class World:
         return of_ranks
 
     def barrier(self) -> None:
-        """All ranks meet here, for instance before they open a file that rank 0 writes."""
-        if self.size > 1:
+        """
+        All ranks meet here, however late one is: before they open a file that rank 0 writes, or
+        after they have loaded something.
+        """
+        if dist.is_initialized():
             dist.barrier(group=_slow_group)
 
     def autocast(self):
-        """Matrix products in bf16 on a GPU, in fp32 on a CPU, since many have no bf16."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        """
+        Matrix products in bf16 on a GPU that has it, else in fp32: CPUs, and GPUs before Ampere.
+        (Those have fp16, whose gradients underflow without a loss scaler.)
+        """
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device))
 
     def compile(self, *modules: nn.Module) -> None:
         """torch.compile in place on a GPU, where small models are bound by kernel launches."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and can_compile(self.device, self.is_main):
             for module in modules:
                 module.compile()
 
@@ -266,14 +280,87 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@functools.cache
+def can_compile(device: torch.device, report: bool) -> bool:
+    """Whether torch.compile works here, tried on an addition: it needs Triton and a C compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        return True
+    except Exception as error:          # of Dynamo, Inductor, Triton or the compiler: they vary
+        if report:
+            print(f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): going "
+                  "on without it, which is slower", flush=True)
+        return False
+
+
+STRAY = "Start several ranks with torchrun, which sets {0}; if it is left over, `unset {0}`"
+
+
+def place() -> tuple[int, int, int, int]:
+    """Rank, ranks, and both on this machine, from torchrun's environment; 0, 1, 0, 1 without it."""
+    def integer(name: str, default: int) -> int:
+        text = os.environ.get(name) or str(default)
+        check(re.fullmatch("[0-9]+", text), f"{name}={text} in the environment: a whole number is "
+              f"expected. {STRAY.format(name)}")
+        return int(text)
+    rank, size = integer("RANK", 0), integer("WORLD_SIZE", 1)
+    local_rank, local_size = integer("LOCAL_RANK", 0), integer("LOCAL_WORLD_SIZE", size)
+    check(size > 0, f"WORLD_SIZE=0 in the environment: no ranks. {STRAY.format('WORLD_SIZE')}")
+    check(rank < size, f"RANK={rank} in the environment, but WORLD_SIZE={size}: ranks are counted "
+          f"from 0. {STRAY.format('RANK')}")
+    check(0 < local_size and local_rank < local_size, f"LOCAL_RANK={local_rank} in the environment,"
+          f" but LOCAL_WORLD_SIZE={local_size}. {STRAY.format('LOCAL_RANK')}")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
+        check(os.environ.get(name), f"WORLD_SIZE={size} in the environment, but no {name}. "
+              f"{STRAY.format('WORLD_SIZE')}")
+    return rank, size, local_rank, local_size
+
+
+def cores(root: Path = Path("/")) -> int:
+    """The CPU cores that this process may use, by its affinity and its control groups' quotas."""
+    if hasattr(os, "sched_getaffinity"):                    # not on macOS
+        n = len(os.sched_getaffinity(0))
+    else:
+        n = os.cpu_count() or 1
+    files = []                                              # of every group that it is in
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            controllers, group = line.split(":", 2)[1:]
+            version_2 = controllers == ""
+            if version_2 or "cpu" in controllers.split(","):
+                top = root / "sys/fs/cgroup" / ("" if version_2 else "cpu")
+                folder = top / group.lstrip("/")
+                names = ("cpu.max",) if version_2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                files += [[f / name for name in names] for f in (folder, *folder.parents)]
+    for names in files:
+        with contextlib.suppress(OSError, ValueError):      # ValueError: "max", no quota
+            texts = [name.read_text(encoding="utf-8") for name in names]
+            quota, period = map(int, " ".join(texts).split())
+            if quota > 0:                                   # -1: none
+                n = min(n, max(1, quota // period))
+    return n
+
+
+def threads_are_set() -> bool:
+    """Whether the user set OMP_NUM_THREADS. If not, torchrun sets it to 1 for several ranks."""
+    if os.environ.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "OMP_NUM_THREADS" in os.environ
+    with contextlib.suppress(OSError):                      # what torchrun itself was started with
+        return b"OMP_NUM_THREADS=" in Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    return False                                            # macOS
+
+
 def start(seed: int, out: str = "") -> World:
     """
     Joins torchrun's process group if there is one, chooses the device, seeds torch, and makes and
     locks the run folder `out` if one is named. May be called more than once.
     """
     global _slow_group
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))       # on this machine
+    rank, size, local_rank, local_size = place()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:
         check(local_rank < gpus, f"{local_rank + 1} ranks on {gpus} GPUs: lower --nproc_per_node, "
@@ -284,14 +371,16 @@ def start(seed: int, out: str = "") -> World:
     else:
         device = torch.device("cpu")
         torch.set_flush_denormal(True)      # CPUs are ten times slower with denormal numbers
-        if size > 1:
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    if not threads_are_set():
+        n = cores() // local_size if size > 1 else min(cores(), torch.get_num_threads())
+        torch.set_num_threads(max(1, n))
     if size > 1 and not dist.is_initialized():
-        minute, day = datetime.timedelta(minutes=1), datetime.timedelta(days=1)
-        # if a rank hangs in a step, the others give up after a minute
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=minute)
-        _slow_group = dist.new_group(backend="gloo", timeout=day)
+        try:
+            dist.init_process_group("nccl" if gpus else "gloo", timeout=STEP_TIMEOUT)
+            _slow_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"rank {rank} cannot join the other ranks: {str(error).splitlines()[0]}"
+                            f". {STRAY.format('WORLD_SIZE')}") from None
     # names that torch 2.13 gives up and older versions need
     warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|broadcast_buffers)", FutureWarning)
     torch.manual_seed(seed)                 # the same initial weights on every rank
@@ -308,6 +397,7 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return model
+    world.barrier()                         # DDP compares the models, within STEP_TIMEOUT
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
                                                gradient_as_bucket_view=True)
 
@@ -382,20 +472,26 @@ class Bucket:
             state = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros(())}
         return {"master": self.master.detach()} | state
 
-    def load(self, shards: dict[str, list[Tensor]]) -> None:
+    def load(self, files: list, prefix: str) -> None:
         """
-        shards: each name in `state` -> the tensors of all ranks that saved it. They may have been
-        more or fewer than now.
+        files: open safetensors of all ranks that saved `state`, in their order, with its names
+        behind `prefix`. They may have been more or fewer than now: this rank reads only what
+        overlaps its own shard.
         """
-        state = {}
-        for name, of_ranks in shards.items():
-            if name == "step":
-                state[name] = of_ranks[0]
-            else:
-                whole = torch.cat(of_ranks)[:self.n].to(self.master.device)
-                state[name] = self.shard(whole)
+        saved_size = files[0].get_slice(f"{prefix}master").get_shape()[0]
+        start = self.rank * self.shard_size
+        stop = min(start + self.shard_size, self.n)
+        state = {"step": files[0].get_tensor(f"{prefix}step").to(self.master.device)}
+        for name in ("master", "exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(self.master.data)
+            for i, file in enumerate(files):
+                offset = i * saved_size                         # where this file's shard begins
+                a, b = max(start, offset), min(stop, offset + saved_size)
+                if a < b:
+                    part = file.get_slice(f"{prefix}{name}")[a - offset:b - offset]
+                    state[name][a - start:b - start] = part
         self.master.data.copy_(state.pop("master"))
-        self.adamw.state[self.master] = {name: x.clone() for name, x in state.items()}
+        self.adamw.state[self.master] = state
 
 
 def group_parameters(model: nn.Module, limit: int) -> list[list[nn.Parameter]]:
@@ -434,9 +530,11 @@ class AdamW:
             bucket = Bucket(params, rank, ranks, betas=betas, eps=eps, weight_decay=decay)
             self.buckets.append(bucket)
         self.params = [p for bucket in self.buckets for p in bucket.params]
+        self.updates = 0                                        # begun since the start
 
     def step(self, lr: float, scale: Tensor) -> None:
         """One update with `scale` (a tensor of one number) times the gradients."""
+        self.updates += 1
         for bucket in self.buckets:
             bucket.step(lr, scale)
 
@@ -467,8 +565,7 @@ class AdamW:
                 if not 0 <= padding < len(files):
                     raise ValueError(f"bucket {i} of its optimizer has {n} elements, not "
                                      f"{bucket.n}")
-                bucket.load({name: [file.get_tensor(f"{i}.{name}") for file in files]
-                             for name in bucket.state()})
+                bucket.load(files, f"{i}.")
 
 
 def learning_rate(step: int, config) -> float:
@@ -481,6 +578,7 @@ def learning_rate(step: int, config) -> float:
 
 # ------------------------------------------------------------------ a run
 
+STOP_TIMEOUT = 600  # seconds from a signal to the end of the run
 PATIENCE = 10       # the run ends after so many steps in a row without a finite loss and gradient
 
 
@@ -490,8 +588,8 @@ class Run:
     weights, logs and saves.
 
     Iterating over it gives the steps still to do. After each, a line is added to log.jsonl and,
-    every config.save_every steps, a checkpoint is saved. SIGTERM or Ctrl-C end the run after the
-    current step, with a checkpoint (a second one at once).
+    every config.save_every steps, a checkpoint is saved. SIGTERM, SIGHUP (a closed terminal) or
+    Ctrl-C end the run after the current step, with a checkpoint (a second one at once).
 
     The log holds every step once: lines after the checkpoint that is resumed from are dropped. A
     progress bar shows the metrics named in `show`. Only rank 0 writes them.
@@ -507,7 +605,9 @@ class Run:
         self.current = self.first           # the step in progress
         self.line = {}                      # its line in the log
         self.skipped = 0                    # steps in a row, up to now, that were not finite
-        self.stopping = False               # whether a signal came
+        self.stopping = False               # whether a signal came,
+        self.signalled = -math.inf          # and when
+        self.updates = 0                    # of the optimizer before the step in progress
 
     # -- what a loop calls
 
@@ -557,24 +657,28 @@ class Run:
     # -- from step to step
 
     def __iter__(self) -> Iterator[int]:
+        self.world.barrier()                # all have loaded their checkpoint
         for step in range(self.first, self.config.steps):
-            self.current = step
+            self.current, self.updates = step, self.optimizer.updates
             yield step
             self._write_line()
             done = step + 1
             stopping = torch.tensor(float(self.stopping), device=self.world.device)
             stop = self.world.all_reduce(stopping) > 0          # a signal came to any rank
+            if stop:
+                signal.alarm(0)             # the step has ended; saving may take its time
             if stop or done % self.config.save_every == 0 or done == self.config.steps:
-                checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, step,
-                                           self.config, self.world)
+                self._save(step)
             if stop:
                 raise KeyboardInterrupt
 
     def __enter__(self) -> "Run":
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():   # no other may set them
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.handlers[number] = signal.signal(number, self._stop)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                handler = signal.getsignal(number)
+                if (number, handler) != (signal.SIGHUP, signal.SIG_IGN):    # nohup ignores it
+                    self.handlers[number] = signal.signal(number, self._stop)
         if self.world.is_main:
             path = self.folder / "log.jsonl"
             kept = []                                           # a new run starts a new log
@@ -589,16 +693,42 @@ class Run:
         self.time = time.perf_counter()
         return self
 
-    def _stop(self, number, frame) -> None:
-        self.stopping = True
-        signal.signal(number, self.handlers[number])            # the second one ends the process
+    def _save(self, step: int) -> None:
+        checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, step, self.config,
+                                   self.world)
 
-    def __exit__(self, *_) -> None:
+    def _stop(self, number, frame) -> None:
+        """
+        Handles a signal: the run ends after the step. If it hangs (for instance because the signal
+        also ended the processes of torch.compile), it is killed after STOP_TIMEOUT.
+        """
+        now = time.monotonic()
+        if now - self.signalled < 3:        # the same one again: torchrun or Slurm repeats it
+            return
+        self.signalled = now
+        unchanged = self.optimizer.updates == self.updates      # the weights, in this step
+        nothing_new = unchanged and self.current == self.first
+        at_once, self.stopping = self.stopping or nothing_new, True
+        signal.alarm(30 if at_once else STOP_TIMEOUT)
+        if at_once:
+            raise KeyboardInterrupt         # of which the alarm makes sure: torch may ignore it
+        # a long step may be killed before its end: what the steps before it did is saved now (not
+        # of several ranks, which cannot be sure to be in the same step)
+        saved = self.current % self.config.save_every == 0
+        graph = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if unchanged and not (saved or self.skipped or graph) and self.world.size == 1:
+            self._save(self.current - 1)
+
+    def __exit__(self, error, *_) -> None:
+        if self.stopping:
+            signal.alarm(0)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.world.is_main:
             self.file.close()
             self.bar.close()
+        if self.stopping and error is None:     # the signal came after the last step
+            raise KeyboardInterrupt
 
     def _write_line(self) -> None:
         now = time.perf_counter()

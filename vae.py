@@ -339,7 +339,7 @@ def save_folder(folder, config: dict, model: nn.Module, weights: str) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
     with checkpoint.replacing(Path(folder, "config.json")) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
     metadata = {"format": "pt", "config": json.dumps(config)}
     checkpoint.write_safetensors(Path(folder, weights), model.state_dict(), metadata)
 

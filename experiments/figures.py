@@ -736,7 +736,8 @@ def rl(config: Config, folder: Path) -> str:
 
 
 def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 # ------------------------------------------------------------------ figures 3, 4 and 8

@@ -461,7 +461,7 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     assert lines[8]["loss"] == "nan"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
     before, model, config = signal.getsignal(number), mlp(), Config(save_every=100)
     with pytest.raises(KeyboardInterrupt), train.Run(tmp_path, model, config, ALONE) as run:
@@ -472,7 +472,8 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
             loss.backward()
             run.step(loss)
     assert step == 4 and signal.getsignal(number) == before
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000005"]
+    saved = [path.name for path in checkpoints(tmp_path)]
+    assert saved == ["checkpoint-00000004", "checkpoint-00000005"]      # at once, after the step
     assert fit(tmp_path, config)[1] == 5
 
 
