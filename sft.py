@@ -53,7 +53,7 @@ class Config:
     preset: str = "tiny"        # named set of defaults: tiny, small or paper
     out: str = ""               # run folder (empty: runs/<preset>)
     seed: int = 0               # seed of weights, data order and corrupted inputs
-    fresh: bool = False         # delete this stage's model and train it again
+    fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
@@ -263,8 +263,9 @@ def new_shape(config: Config, S: int, V: int) -> LlamaConfig:
 
 def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
-    sources = checkpoint.model_files(config.out, config.tokenizer)
-    folder = checkpoint.start_stage(Path(config.out, "sft"), config, world, **sources)
+    folder = Path(config.out, "sft")
+    files = checkpoint.model_files(config.out, config.tokenizer)
+    sources = checkpoint.start_stage(folder, config, world, **files)
     torch.manual_seed(config.seed)
     model = starting_model(config, tokenizer, world)
     model.checkpointing = config.checkpointing
@@ -276,7 +277,7 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     loss_of = train.distribute(NextToken(model), world)
     n = world.accumulation_steps(B, config.micro_batch)
 
-    with train.Run(folder, model, config, world) as run:
+    with train.Run(folder, model, config, world, sources=sources) as run:
         for step in run:
             index = train.batch_indices(config.seed, step, B, len(codes))       # (B,)
             targets = torch.from_numpy(codes[index.numpy()]).long()             # (B, F, K)
@@ -293,9 +294,7 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
                 total += loss.detach()
             run.step(total)             # clip the gradient norm, AdamW, zero_grad; and the log
 
-    if world.is_main:
-        evaluate.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
-    checkpoint.finish(folder, model.save, config, model, world)
+    checkpoint.finish(folder, model.save, config, model, world, sources)
     return model.eval()
 
 
@@ -311,19 +310,25 @@ def load_tokenizer(config, world: train.World) -> DDT:
     return experiments.vqgan.ensure(config, world)
 
 
+def stages(config) -> tuple[str, ...]:
+    """The stages whose weights make the rows of the language model in the result table."""
+    return ("vae", "ddt", "sft") if config.tokenizer == "ddt" else (config.tokenizer, "sft")
+
+
 def load(folder: Path, **sources: Path) -> Llama:
     """A trained model. UserError if it was trained from other weights (name=path) than these."""
-    checkpoint.check_provenance(Path(folder), **sources)
+    folder = Path(folder)
+    checkpoint.check_provenance(folder, **sources)
     try:
         return Llama.load(folder).eval()
     except ValueError as error:
-        raise UserError(f"{error}: delete {folder}, or train it again with --fresh") from None
+        raise UserError(f"{error}: {checkpoint.remedy(folder)}") from None
 
 
 def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
     """The SFT model of <out> for a later stage with `config`: loaded, or trained first."""
     folder = Path(config.out, "sft")
-    if not (folder / "model.safetensors").exists():
+    if not checkpoint.has_model(folder):
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         sft_config = train.stage_config("sft", Config, PRESETS, config, tokenizer=config.tokenizer)
         return run_stage(sft_config, tokenizer, world)
@@ -354,13 +359,13 @@ def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Loads the model that `config` describes, or trains it; then its row of the table."""
     check_config(config)
     folder = Path(config.out, "sft")
-    if checkpoint.is_trained(folder, "model.safetensors", config, world):
+    if checkpoint.is_trained(folder, config, world):
         sources = checkpoint.model_files(config.out, config.tokenizer)
         model = load(folder, **sources).to(world.device)
     else:
         model = train_sft(config, tokenizer, world)
     predictors = {"SFT": predictor(model, tokenizer)}
-    results = evaluate.add_rows(config, predictors, tokenizer.config.size, world)
+    results = evaluate.add_rows(config, predictors, stages(config), tokenizer.config.size, world)
     if world.is_main:
         print(evaluate.table(results))
     return model
