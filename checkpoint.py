@@ -4,13 +4,23 @@ Files that are whole or not there: atomic writes, checkpoints, resuming, finishe
 What a kill, a full disk or a second process could leave half-done is written beside its place and
 renamed. At every path there is the old file or the new one, never a part of one.
 
-<folder>/checkpoint-<steps done>/       the last two are kept
-    model.safetensors                   the weights
-    optimizer-<rank>.safetensors        each rank's shard of the optimizer's state
-    manifest.json                       steps, ranks, config, checksums. It is written last: a
+<out>/<stage>/
+    model.safetensors, config.json      the finished model
+    trained.json                        the flags it was trained with
+    provenance.json                     checksums: of these two files, and of the weights that
+                                        training started from
+    checkpoint-<steps done>/            of a training that is not finished; the last two are kept
+        model.safetensors               the weights
+        optimizer-<rank>.safetensors    each rank's shard of the optimizer's state
+        manifest.json                   steps, ranks, config, checksums. It is written last: a
                                         folder without it is no checkpoint
 
 A checkpoint holds no random state, because data order and noise are functions of (seed, step).
+
+--fresh deletes no model. The new training leaves the old model where it is and replaces it at its
+end. While there is a checkpoint the stage counts as not finished, and the old model is not used:
+the same command without --fresh goes on with the new training. Without its checkpoints, deleted by
+hand, the old model is the stage's model again.
 
 `world` is a train.World. "Collective" functions must be called by all ranks.
 """
@@ -24,7 +34,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Callable, Iterator, TextIO
+from typing import Callable, Iterable, Iterator, TextIO
 
 import numpy as np
 import torch
@@ -99,34 +109,50 @@ def lock(folder: Path, world) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; at the end it is flushed to disk and renamed to `path`."""
+    """
+    A name beside `path` to write to; at the end it is flushed to disk and renamed to `path`.
+    UserError, and the file as it was, if that fails (a full disk).
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")    # another name in each process
     try:
         yield part
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path} ({reason})") from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
     with replacing(path) as part:
-        part.write_text(json.dumps(value) + "\n")
+        part.write_text(json.dumps(value) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, remedy: str = "delete it") -> dict:
-    """The object of a JSON file; {} if there is no file. UserError for a damaged one."""
+def read_json(path: Path, remedy: str = "delete it", fields: Iterable[str] = ()) -> dict:
+    """
+    The object of a JSON file, which must have these fields; {} if there is no file. UserError for
+    a damaged one.
+    """
+    if not path.exists():
+        return {}
     try:
-        value = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:      # ValueError: no UTF-8 or no JSON
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
     check(isinstance(value, dict), f"{path} is damaged (it holds no JSON object): {remedy}")
+    missing = [name for name in fields if name not in value]
+    check(not missing, f"{path} is damaged (it lacks {', '.join(missing[:4])}): {remedy}")
     return value
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """UserError, and the file as it was, for tensors with NaN or infinity."""
     tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    for name, x in tensors.items():
+        check(is_finite(x), f"{path} is not written: {name} holds NaN or infinity")
     with replacing(path) as part:
         save_file(tensors, part, metadata)
         umask = os.umask(0)                 # reading it means setting it
@@ -143,9 +169,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({error}). {remedy}")
     for name, x in tensors.items():
-        if x.is_floating_point():
-            check(torch.isfinite(x).all(), f"{path} holds NaN or infinity in {name}. {remedy}")
+        check(is_finite(x), f"{path} holds NaN or infinity in {name}. {remedy}")
     return tensors
+
+
+def is_finite(x: Tensor) -> bool:
+    return not x.is_floating_point() or bool(torch.isfinite(x).all())
 
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -160,11 +189,14 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
 
 
 def checksum(path: Path) -> str:
-    """CRC-32 of a file, as 8 hexadecimal digits."""
+    """CRC-32 of a file, as 8 hexadecimal digits. UserError if it cannot be read."""
     crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
     return f"{crc:08x}"
 
 
@@ -177,10 +209,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config, world) -> None:
+def save_checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config, world,
+                    sources: dict[str, str] | None = None) -> None:
     """
-    Saves a checkpoint after `step`. Collective. If that fails (a full disk), training goes on and
-    the last checkpoint stays.
+    Saves a checkpoint after `step`. Collective. If that fails (a full disk, a number that is not
+    finite), training goes on and the last checkpoint stays. sources: see `start_stage`.
     """
     path = folder / f"checkpoint-{step + 1:08d}"
     files = {f"optimizer-{world.rank}.safetensors": optimizer.state()}
@@ -196,25 +229,26 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config
         for name, tensors in files.items():
             write_safetensors(path / name, tensors, {})
             sums[name] = checksum(path / name)
-    except (OSError, SafetensorError) as problem:
+    except (OSError, UserError) as problem:
         error = str(problem)
     errors, sums_of_ranks = zip(*world.all_gather((error, sums)))
 
     if world.is_main:
         try:
-            if any(errors):
-                raise OSError(next(filter(None, errors)))
+            check(not any(errors), next(filter(None, errors), ""))
             sums = {name: crc for sums in sums_of_ranks for name, crc in sums.items()}
             manifest = {"step": step + 1, "ranks": world.size,
-                        "config": dataclasses.asdict(config), "files": sums}
+                        "config": settings(config), "sources": sources or {}, "files": sums}
             manifest["checksum"] = _checksum_of(manifest)
             write_json(path / "manifest.json", manifest)
             for old in checkpoints(folder)[:-2]:
                 _remove(old)
-        except OSError as problem:
+        except (OSError, UserError) as problem:
             _remove(path)
-            sys.stderr.write(f"\ncould not save {path} ({problem}): training goes on, and tries "
-                             "again at the next checkpoint\n")
+            then = "training goes on, and tries again at the next checkpoint"
+            if step + 1 == config.steps:
+                then = "it was the last one; now the model itself is saved"
+            sys.stderr.write(f"\ncould not save {path} ({problem}): {then}\n")
     world.barrier()
 
 
@@ -224,7 +258,8 @@ def _checksum_of(manifest: dict) -> str:
 
 def _remove(path: Path) -> None:
     """Deletes a checkpoint, its manifest first: what a kill leaves is no checkpoint any more."""
-    (path / "manifest.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (path / "manifest.json").unlink()
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -283,16 +318,34 @@ FREE_FIELDS = {"out", "vae", "fresh", "save_every", "eval_clips", "micro_batch",
                "calls"}
 
 
+def settings(config) -> dict:
+    """The fields that decide what is learnt. A folder has one name: DIR, DIR/, a relative path."""
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_FIELDS}
+    if kept.get("llm"):
+        kept["llm"] = str(Path(kept["llm"]).resolve())
+    return kept
+
+
 def changed_fields(then: dict, config) -> str:
-    """What has changed (four fields at most) since the configuration `then`, "" if nothing."""
-    changes = []
-    for name, value in dataclasses.asdict(config).items():
-        if name not in FREE_FIELDS and then.get(name) != value:
-            changes.append(f"{name} was {then.get(name)}, is {value}")
+    """What has changed (four fields at most) since the settings `then`, "" if nothing."""
+    changes = [f"{name} was {then.get(name)}, is {value}"
+               for name, value in settings(config).items() if then.get(name) != value]
     return "; ".join(changes[:4])
 
 
 # ------------------------------------------------------------------ a stage's folder
+
+WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")      # of a stage; of a VAE
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The weights of the model in a stage's folder, None if there are none."""
+    return next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a finished model is there, and no checkpoint of a training that will replace it."""
+    return weights_file(folder) is not None and not checkpoints(folder)
 
 
 def model_files(out: str, *stages: str) -> dict[str, Path]:
@@ -300,63 +353,105 @@ def model_files(out: str, *stages: str) -> dict[str, Path]:
     return {stage: Path(out, stage, "model.safetensors") for stage in stages}
 
 
-def start_stage(folder: Path, config, world, **sources: Path) -> Path:
+def checksums(out: str, *stages: str) -> dict[str, str]:
+    """Stage -> checksum of its weights in the run folder `out`, of the stages that are there."""
+    files = {stage: weights_file(Path(out, stage)) for stage in stages}
+    return {stage: checksum(path) for stage, path in files.items() if path}
+
+
+def start_stage(folder: Path, config, world, **sources: Path) -> dict[str, str]:
     """
-    Prepares the folder that a stage trains in: makes it, deletes the old model with --fresh, and
-    notes the checksums of the weights that training starts from (name=path). UserError if a model
-    or checkpoint is there that started from others.
+    Prepares the folder that a stage trains in -> the checksums of the weights that training starts
+    from (name=path), for `Run` and `finish`. UserError if the checkpoint that is there started from
+    others, or is of another configuration. Deletes nothing, with --fresh neither.
     """
     writable(folder)
     if config.fresh:
-        delete_model(folder)
-    sums = check_provenance(folder, **sources)
-    if sources and world.is_main:
-        write_json(folder / "provenance.json", sums)
-    return folder
+        return {name: checksum(path) for name, path in sources.items()}
+    then = newest_manifest(folder).get("config")
+    changes = changed_fields(then, config) if isinstance(then, dict) else ""
+    check(not changes, f"{folder} holds a checkpoint of another configuration ({changes}): go on "
+          f"with that, choose another --out, or start over with `{command(folder.name)} --fresh "
+          f"--out {folder.parent}`")
+    return check_provenance(folder, **sources)
 
 
-def finish(folder: Path, save: Callable[[Path], None], config, model: nn.Module, world) -> None:
-    """Saves the finished model with `save(folder)` and its config, and deletes the checkpoints."""
-    weights = [x for x in model.state_dict().values() if x.is_floating_point()]
-    means = torch.stack([x.double().mean() for x in weights])
-    if (world.all_reduce(means) / world.size - means).abs().max() > 1e-12:
-        raise RuntimeError(f"the ranks hold different models at the end of {folder}: this is a bug")
-    if world.is_main:
-        trained = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_FIELDS}
-        write_json(folder / "trained.json", trained)
-        save(folder)                        # after its config: is_trained looks for the weights
-        _remove_checkpoints(folder)
-    world.barrier()
+def newest_manifest(folder: Path) -> dict:
+    """That of the newest checkpoint whose manifest can be read, {} if there is none."""
+    newest = {}
+    for path in checkpoints(folder):
+        with contextlib.suppress(UserError):
+            newest = read_json(path / "manifest.json")
+    return newest
 
 
-def is_trained(folder: Path, name: str, config, world) -> bool:
-    """
-    Whether a finished model is there, its weights in the file `name`. False with --fresh. UserError
-    if it was trained with another configuration. Collective.
-    """
-    if config.fresh or not (folder / name).exists():
-        return False
-    if then := read_json(folder / "trained.json", "train it again with --fresh"):
-        changes = changed_fields(then, config)
-        check(not changes, f"{folder} was trained with another configuration ({changes}): restore "
-              "that, choose another --out, or train it again with --fresh")
-    world.barrier()
-    if world.is_main:
-        _remove_checkpoints(folder)         # left by a kill between saving and cleaning up
-    world.print0(f"{folder} is trained (--fresh trains it again)")
-    return True
-
-
-def _remove_checkpoints(folder: Path) -> None:
+def forget_checkpoints(folder: Path) -> None:
+    """With --fresh, once the new training has done a step: no run goes on from an older one."""
     for path in folder.glob("checkpoint-*"):
         _remove(path)
 
 
+def finish(folder: Path, save: Callable[[Path], None], config, model: nn.Module, world,
+           sources: dict[str, str] | None = None) -> None:
+    """
+    Saves the finished model with `save(folder)`, its settings and checksums, and deletes the
+    checkpoints. An older model stays until all files of the new one are on the disk.
+    """
+    tensors = [x for x in model.state_dict().values() if x.is_floating_point()]
+    means = torch.stack([x.double().mean() for x in tensors])
+    check(is_finite(means), f"{folder}: the weights at the end are not finite, and are not saved: "
+          "start again with --fresh and a lower --lr")
+    if (world.all_reduce(means) / world.size - means).abs().max() > 1e-12:
+        raise RuntimeError(f"the ranks hold different models at the end of {folder}: this is a bug")
+    if world.is_main:
+        new = folder / "new"
+        shutil.rmtree(new, ignore_errors=True)      # left by a kill
+        try:
+            save(new)
+            weights = weights_file(new)
+            files = {path.name: checksum(path) for path in (weights, new / "config.json")}
+            write_json(new / "trained.json", settings(config))
+            write_json(new / "provenance.json", (sources or {}) | {"files": files})
+            (folder / "reconstruction.png").unlink(missing_ok=True)     # of an older model
+            # the checksums first and the weights last: a kill in between leaves weights that do
+            # not fit the checksums, and that no stage takes for the new ones
+            middle = [path.name for path in new.iterdir()]
+            middle = sorted({*middle} - {"provenance.json", weights.name})
+            for name in ("provenance.json", *middle, weights.name):
+                (new / name).replace(folder / name)
+        except (OSError, UserError) as error:
+            saved = checkpoints(folder)
+            then = f"goes on from {saved[-1]}" if saved else "starts again: there is no checkpoint"
+            raise UserError(f"{folder}: the model is trained, but could not be saved ({error}). "
+                            f"Put that right; the same command, without --fresh, {then}") from None
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        forget_checkpoints(folder)          # from here on the stage is finished
+    world.barrier()
+
+
+def is_trained(folder: Path, config, world) -> bool:
+    """
+    Whether a finished model is there. False with --fresh. UserError if it was trained with another
+    configuration. Collective.
+    """
+    if config.fresh or not has_model(folder):
+        return False
+    then = read_json(folder / "trained.json", remedy(folder), settings(config))
+    changes = changed_fields(then, config) if then else ""
+    check(not changes, f"{folder} was trained with another configuration ({changes}): restore "
+          "that, choose another --out, or train it again with --fresh")
+    world.barrier()
+    if world.is_main:
+        forget_checkpoints(folder)          # what a kill has left of them
+    world.print0(f"{folder} is trained (--fresh trains it again)")
+    return True
+
+
 def delete_model(folder: Path) -> None:
-    """For --fresh: if the new training is interrupted, the old model must not pass for its end."""
-    _remove_checkpoints(folder)
-    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors", "trained.json",
-                 "reconstruction.png"):
+    """Deletes a stage's model and checkpoints."""
+    forget_checkpoints(folder)
+    for name in (*WEIGHTS, "trained.json", "provenance.json", "reconstruction.png"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -365,18 +460,40 @@ def command(stage: str) -> str:
     return f"python -m experiments.{stage}" if stage in ("vqgan", "dit") else f"python {stage}.py"
 
 
+def remedy(folder: Path) -> str:
+    """What to do about a damaged file of <out>/<stage>, for error messages."""
+    return (f"restore it, or train the model again with `{command(folder.name)} --fresh --out "
+            f"{folder.parent}`")
+
+
+def check_files(folder: Path) -> dict:
+    """
+    The content of provenance.json. UserError if weights or config.json are not those that `finish`
+    has saved: one bit is enough to make all results wrong.
+    """
+    note = read_json(folder / "provenance.json", remedy(folder))
+    files = note.get("files", {})
+    check(isinstance(files, dict), f"{folder / 'provenance.json'} is damaged: {remedy(folder)}")
+    for name, saved in files.items():
+        try:
+            now = checksum(folder / name)
+        except UserError as error:
+            raise UserError(f"{error}: {remedy(folder)}") from None
+        check(now == saved, f"{folder / name} is not what training has saved: {remedy(folder)}")
+    return note
+
+
 def check_provenance(folder: Path, **sources: Path) -> dict[str, str]:
     """
-    The checksums of weight files (name=path). UserError if the model or checkpoint of the folder
+    The checksums of weight files (name=path). UserError if the checkpoint or model of the folder
     started from others: a language model is of no use with the codes of another tokenizer.
     """
     now = {name: checksum(path) for name, path in sources.items()}
-    if checkpoints(folder) or (folder / "model.safetensors").exists():
-        then = read_json(folder / "provenance.json", "train that stage again with --fresh")
-        for name in now if then else ():
-            check(then.get(name) == now[name], f"{folder} was trained from another {name} than "
-                  f"{sources[name].parent}: train it again with `{command(folder.name)} --fresh "
-                  f"--out {folder.parent}`, or choose another --out")
+    then = check_files(folder) if has_model(folder) else newest_manifest(folder).get("sources")
+    for name in now if then and isinstance(then, dict) else ():
+        check(then.get(name) == now[name], f"{folder} was trained from another {name} than "
+              f"{sources[name].parent}: train it again with `{command(folder.name)} --fresh "
+              f"--out {folder.parent}`, or choose another --out")
     return now
 
 
@@ -390,16 +507,21 @@ def cached_array(path: Path, stamp: str, shape: tuple[int, ...], chunks: list[sl
     another stamp (a text that says what it was made from), the ranks make it together: make(chunk)
     returns the rows of one chunk. Collective.
     """
-    note = path.with_suffix(".txt")         # holds the stamp
-    array = _load_array(path, note, stamp, shape)
-    world.barrier()                         # every rank has looked before rank 0 writes
-    if array is not None:
-        return array
+    note = path.with_suffix(".txt")         # the stamp, and the checksum of the file
+    whole = world.is_main and _is_whole(path, note, stamp, shape)
+    if world.all_gather(whole)[0]:          # every rank does what rank 0 has found
+        return np.load(path, mmap_mode="r")
     part = path.with_suffix(".part")
     if world.is_main:
         writable(path.parent)
-        note.unlink(missing_ok=True)
-        np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+        check(not path.is_dir(), f"{path} is a folder, not a file: delete it")
+        try:
+            note.unlink(missing_ok=True)
+            with open(part, "wb") as file:  # all of it: a full disk is an error now
+                np.save(file, np.zeros(shape, np.uint8))
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path} ({error})") from None
     world.barrier()
     array = np.lib.format.open_memmap(part, "r+")
     mine = chunks[world.rank::world.size]
@@ -409,15 +531,16 @@ def cached_array(path: Path, stamp: str, shape: tuple[int, ...], chunks: list[sl
     world.barrier()
     if world.is_main:
         part.replace(path)
-        note.write_text(stamp)              # last: an array with a stamp is whole
+        with replacing(note) as new:        # last: an array with a stamp is whole
+            new.write_text(f"{stamp}\n{checksum(path)}\n", encoding="utf-8")
     world.barrier()
-    return _load_array(path, note, stamp, shape)
+    return np.load(path, mmap_mode="r")
 
 
-def _load_array(path: Path, note: Path, stamp: str, shape: tuple) -> np.ndarray | None:
+def _is_whole(path: Path, note: Path, stamp: str, shape: tuple) -> bool:
     try:
         array = np.load(path, mmap_mode="r")
         fits = array.shape == shape and array.dtype == np.uint8
-        return array if fits and note.read_text() == stamp else None
-    except (OSError, ValueError, EOFError):
-        return None
+        return fits and note.read_text(encoding="utf-8") == f"{stamp}\n{checksum(path)}\n"
+    except (OSError, UserError, ValueError, EOFError):
+        return False

@@ -79,7 +79,7 @@ class Config:
     preset: str = "tiny"        # named set of defaults: tiny, small or paper
     out: str = ""               # run folder (empty: runs/<preset>)
     seed: int = 0               # seed of weights, data order and noise
-    fresh: bool = False         # delete this stage's model and train it again
+    fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 200       # steps between two checkpoints
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
@@ -718,8 +718,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
         tokenizer = DDT(config, vae).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    weights = vae_stage.weights_of(config.out)
-    folder = checkpoint.start_stage(Path(config.out, "ddt"), config, world, vae=weights)
+    folder, weights = Path(config.out, "ddt"), vae_stage.weights_of(config.out)
+    sources = checkpoint.start_stage(folder, config, world, vae=weights)
 
     B, data = config.batch, Frames(config, world.device)
     world.print0(f"DDT: {millions(tokenizer.encoder)} parameters encoder, "
@@ -729,7 +729,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     n = world.accumulation_steps(B, config.micro_batch)
 
     shown = ("mse", "mse_noise", "codes_used")
-    with train.Run(folder, tokenizer, config, world, shown) as run:
+    with train.Run(folder, tokenizer, config, world, shown, sources) as run:
         for step in run:
             model.train()
             batch = world.shard(train.batch_indices(config.seed, step, B, len(data)))
@@ -762,9 +762,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                     commitment=world.all_reduce(out["commitment"].sum()) / B,
                     **tokenizer.quantizer.usage(codes))
 
-    if world.is_main:
-        evaluate.drop_rows(folder.parent / "results.json", "DDT", "SFT", "SFT + RL")
-    checkpoint.finish(folder, tokenizer.save, config, tokenizer, world)
+    checkpoint.finish(folder, tokenizer.save, config, tokenizer, world, sources)
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -848,9 +846,10 @@ def report(config, tokenizer: DDT, world: train.World) -> Path:
     c, predict = tokenizer.config, reconstruction(tokenizer)
     c = dataclasses.replace(c, out=config.out, scenario=config.scenario)        # of this run
     vae_stage.report(c, tokenizer.vae, world)
-    results = evaluate.add_rows(c, {"DDT": predict}, c.size, world, shown=sim.FRAMES)
+    results = evaluate.add_rows(c, {"DDT": predict}, ("vae", "ddt"), c.size, world,
+                                shown=sim.FRAMES)
     picture = Path(config.out, "ddt", "reconstruction.png")
-    if world.is_main and not picture.exists():
+    if world.is_main and not pictures.is_whole(picture):
         splits = [(name, split) for name in train.scenarios(config.scenario)
                   for split in ("iid", "small", "large")]
         clips = [sim.sample(*pair, 1, evaluate.EVAL_SEED) for pair in splits]
@@ -866,7 +865,7 @@ def report(config, tokenizer: DDT, world: train.World) -> Path:
 def ensure(config, world: train.World) -> DDT:
     """The tokenizer of <out> for a later stage with `config`: loaded, or trained first."""
     folder = Path(config.out, "ddt")
-    if not (folder / MODEL).exists():
+    if not checkpoint.has_model(folder):
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         run_stage(train.stage_config("ddt", Config, PRESETS, config), world)
     weights = vae_stage.weights_of(config.out)
@@ -911,7 +910,7 @@ def run_stage(config: Config, world: train.World) -> None:
     """Loads the tokenizer that `config` describes, or trains it; then its rows of the table."""
     folder, names = Path(config.out, "ddt"), train.scenarios(config.scenario)
     vae = vae_stage.ensure(config, world)
-    if checkpoint.is_trained(folder, MODEL, config, world):
+    if checkpoint.is_trained(folder, config, world):
         checkpoint.check_provenance(folder, vae=vae_stage.weights_of(config.out))
         tokenizer = DDT.load(folder).to(world.device)
     else:

@@ -5,9 +5,11 @@ Evaluates any model that predicts frames, and keeps the results in a JSON file.
 (reward.py), and returns the mean and the standard error of each measure.
 
 The other functions write and read a file, results.json. It holds a row per model:
-{row: {scenario: {split: result}}}, where a result is what `evaluate` returns and "of", the
-[n, size, seed] for which it was measured.
+{row: {scenario: {split: result}}}, where a result is what `evaluate` returns, "of", the
+[n, size, seed] for which it was measured, and "weights", the checksums of the models: a row of
+other weights than those at hand is measured again.
 """
+import contextlib
 import math
 from pathlib import Path
 from typing import Callable
@@ -17,7 +19,7 @@ from torch import Tensor
 
 import reward
 import sim
-from checkpoint import read_json, write_json
+from checkpoint import UserError, checksums, read_json, write_json
 from sim import CONDITION, FRAMES
 
 Predictor = Callable[[Tensor], Tensor]      # the first frames of clips -> all their frames
@@ -89,56 +91,95 @@ def _mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------ the file of results
 
 def add_row(path: Path, row: str, predict: Predictor, scenarios: list[str],
-            splits: tuple[str, ...], n: int, *, size: int, **options) -> None:
+            splits: tuple[str, ...], n: int, *, size: int, weights: dict[str, str] | None = None,
+            **options) -> None:
     """
     Evaluates a model on all scenarios and splits and stores the results in the file as `row`.
 
-    A stored result is kept if n and size are the same, thus an interrupted table can be continued:
-    `drop_rows` first if the model has changed. `options` are passed on to `evaluate`.
+    A stored result is kept if n, size and weights (stage: checksum) are the same, thus an
+    interrupted table can be continued. `options` are passed on to `evaluate`.
     """
-    results = read_json(path)
-    measured_for = [n, size, EVAL_SEED]
+    results, note = read_results(path), {"of": [n, size, EVAL_SEED], "weights": weights or {}}
     for scenario in scenarios:
         for split in splits:
             by_split = results.setdefault(row, {}).setdefault(scenario, {})
-            if by_split.get(split, {}).get("of") == measured_for:
+            known = by_split.get(split, {})
+            if {name: known.get(name) for name in note} == note:
                 continue
             result = evaluate(predict, scenario, split, n, EVAL_SEED,
                               size=size, each=True, **options)
-            by_split[split] = result | {"of": measured_for}
+            by_split[split] = result | note
             write_json(path, results)
 
 
-def add_rows(config, predictors: dict[str, Predictor], size: int, world, n: int = 0,
-             splits: tuple[str, ...] = (), shown: int = CONDITION) -> Path:
+def add_rows(config, predictors: dict[str, Predictor], stages: tuple[str, ...], size: int, world,
+             n: int = 0, splits: tuple[str, ...] = (), shown: int = CONDITION) -> Path:
     """
     Adds a row {name: predictor} per model to <config.out>/results.json -> the file's path.
 
     config, world: of the training stage (train.py); rank 0 evaluates, the other ranks wait.
-    n: clips per split (0: config.eval_clips). splits: empty for SPLITS.
+    stages: those whose weights in the run folder the models use or were trained from. Rows of older
+    weights of these stages are deleted. n: clips per split (0: config.eval_clips). splits: empty
+    for SPLITS.
     """
     path = Path(config.out, "results.json")
     scenarios = sim.SCENARIOS if config.scenario == "all" else [config.scenario]
     if world.is_main:
+        weights = checksums(config.out, *stages)
+        drop_older(path, weights)
         for row, predict in predictors.items():
             add_row(path, row, predict, scenarios, splits or SPLITS, n or config.eval_clips,
-                    size=size, shown=shown, device=world.device)
+                    size=size, weights=weights, shown=shown, device=world.device)
     world.barrier()
     return path
 
 
-def drop_rows(path: Path, *rows: str) -> None:
-    """Deletes rows: those of a model that is trained again, and of models built on it."""
-    results = read_json(path)
-    kept = {name: row for name, row in results.items() if name not in rows}
+def drop_older(path: Path, weights: dict[str, str]) -> None:
+    """Deletes the rows that were measured on other weights of one of these stages."""
+    def is_older(row: dict) -> bool:
+        stored = [result.get("weights", {}) for by_split in row.values()
+                  for result in by_split.values()]
+        return any(other.get(stage, now) != now for other in stored
+                   for stage, now in weights.items())
+    results = read_results(path)
+    with damage(path):
+        kept = {name: row for name, row in results.items() if not is_older(row)}
     if len(kept) < len(results):
         write_json(path, kept)
 
 
+def read_results(path: Path) -> dict:
+    """The rows of the file, {} if there is none. UserError for a damaged one."""
+    results = read_json(path, AGAIN)
+    with damage(path):
+        for row in results.values():
+            for by_split in row.values():
+                for result in by_split.values():
+                    result.keys()                     # a dictionary, as all those around it
+    return results
+
+
+AGAIN = "delete it, and what is in it is measured again"
+
+
+@contextlib.contextmanager
+def damage(path: Path):
+    """One line for a file whose content has another shape than that which `add_row` writes."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): {AGAIN}") from None
+
+
 def table(path: Path) -> str:
     """The file as text: a block per scenario and split, a line per row, mean +- standard error."""
+    with damage(path):
+        return _table(read_results(path))
+
+
+def _table(results: dict) -> str:
     blocks = {}                                       # (scenario, split) -> {row: result}
-    for row, by_scenario in read_json(path).items():
+    for row, by_scenario in results.items():
         for scenario, by_split in by_scenario.items():
             for split, result in by_split.items():
                 blocks.setdefault((scenario, split), {})[row] = result
@@ -160,7 +201,11 @@ def difference(path: Path, before: str, after: str) -> str:
     error, and their ratio in brackets. Both rows are measured on the same clips. Comparing them
     clip by clip removes the differences between clips from the standard error.
     """
-    results = read_json(path)
+    with damage(path):
+        return _difference(read_results(path), before, after)
+
+
+def _difference(results: dict, before: str, after: str) -> str:
     title = f"{after} minus {before}, the same clips".ljust(42)
     lines = [title + "".join(f"{name:>28s}" for name in PAIRED)]
     for scenario, by_split in results[after].items():

@@ -61,7 +61,7 @@ class Config:
     preset: str = "tiny"        # named set of defaults: tiny, small or paper
     out: str = ""               # run folder (empty: runs/<preset>)
     seed: int = 0               # seed of the conditions and of sampling
-    fresh: bool = False         # delete this stage's model and train it again
+    fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 5         # steps between two checkpoints
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
@@ -260,8 +260,9 @@ def true_clips(reference: Llama, tokenizer: DDT, clips: sim.Clips) -> TrueClips:
 
 def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.World) -> Llama:
     """Trains a copy of the SFT model and saves it in <out>/grpo."""
-    sources = checkpoint.model_files(config.out, config.tokenizer, "sft")
-    folder = checkpoint.start_stage(Path(config.out, "grpo"), config, world, **sources)
+    folder = Path(config.out, "grpo")
+    files = checkpoint.model_files(config.out, config.tokenizer, "sft")
+    sources = checkpoint.start_stage(folder, config, world, **files)
     policy = copy.deepcopy(reference).requires_grad_(True)
     policy.checkpointing = config.checkpointing
     policy_logits = train.distribute(CodeLogits(policy), world)
@@ -277,7 +278,7 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
     n = world.accumulation_steps(n_prompts, config.micro_batch, config.group)
     n_true = world.accumulation_steps(n_prompts, config.micro_batch)
 
-    with train.Run(folder, policy, config, world, show=("reward", "kl")) as run:
+    with train.Run(folder, policy, config, world, ("reward", "kl"), sources) as run:
         for step in run:
             # the clips of this step, all of one motion, and their rollouts
             motion = step % len(motions)
@@ -315,9 +316,7 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
             run.step(total, kl_pretrain=world.all_reduce(kl_pretrain) / n_prompts,
                      **metrics(scores, outs, n_prompts, n_rollouts, world))
 
-    if world.is_main:
-        evaluate.drop_rows(folder.parent / "results.json", "SFT + RL")          # of an older policy
-    checkpoint.finish(folder, policy.save, config, policy, world)
+    checkpoint.finish(folder, policy.save, config, policy, world, sources)
     return policy.eval()
 
 
@@ -360,15 +359,18 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = sft.load_tokenizer(config, world)
     reference = sft.ensure(config, tokenizer, world).requires_grad_(False)
     folder = Path(config.out, "grpo")
-    if checkpoint.is_trained(folder, "model.safetensors", config, world):
+    if checkpoint.is_trained(folder, config, world):
         sources = checkpoint.model_files(config.out, config.tokenizer, "sft")
         policy = sft.load(folder, **sources).to(world.device)
     else:
         policy = train_grpo(config, tokenizer, reference, world)
     predictors = {"SFT": sft.predictor(reference, tokenizer),
                   "SFT + RL": sft.predictor(policy, tokenizer)}
+    stages = (*sft.stages(config), "grpo")
     splits, size = ("posttrain", *evaluate.SPLITS), tokenizer.config.size
-    results_file = evaluate.add_rows(config, predictors, size, world, splits=splits)
+    for row, its_stages in (("SFT", stages[:-1]), ("SFT + RL", stages)):
+        results_file = evaluate.add_rows(config, {row: predictors[row]}, its_stages, size, world,
+                                         splits=splits)
     if world.is_main:
         print(evaluate.table(results_file))
         print("\n" + evaluate.difference(results_file, "SFT", "SFT + RL"))

@@ -32,6 +32,16 @@ def save_picture(path, picture: Image.Image, **options) -> None:
         picture.save(part, format=path.suffix[1:], **options)
 
 
+def is_whole(path) -> bool:
+    """Whether a picture is there and can be read to its end. PNG holds checksums of its pixels."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+        return True
+    except (OSError, SyntaxError, ValueError):              # SyntaxError: a damaged header
+        return False
+
+
 def _true_balls(truth, i, f):
     """Centre (2,) and radius () of each ball of clip i in frame f; no ball if `truth` is empty."""
     if not truth:

@@ -44,7 +44,7 @@ from ddt import DDT
 from lm import Llama, LlamaConfig, generate
 from sim import CONDITION, FRAMES
 from vae import check_data, check_ranges, frames_per_call, millions
-from weights import read_config
+from weights import is_meta, read_config, weight_files
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Config:
     preset: str = "tiny"        # named set of defaults: tiny, small or paper
     out: str = ""               # run folder (empty: runs/<preset>)
     seed: int = 0               # seed of weights, data order and corrupted inputs
-    fresh: bool = False         # delete this stage's model and train it again
+    fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
@@ -267,8 +267,6 @@ def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     context = model.config.max_position_embeddings
     check(S <= context, f"--llm {config.llm}: a clip has {S} tokens, this model's context "
           f"{context}")
-    check(model.config.bos_token_id is not None, f"--llm {config.llm}: its config.json names no "
-          "bos_token_id, with which every clip begins")
     return model
 
 
@@ -283,8 +281,9 @@ def new_shape(config: Config, S: int, V: int) -> LlamaConfig:
 
 def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
-    sources = checkpoint.model_files(config.out, config.tokenizer)
-    folder = checkpoint.start_stage(Path(config.out, "sft"), config, world, **sources)
+    folder = Path(config.out, "sft")
+    files = checkpoint.model_files(config.out, config.tokenizer)
+    sources = checkpoint.start_stage(folder, config, world, **files)
     torch.manual_seed(config.seed)
     model = starting_model(config, tokenizer, world)
     model.checkpointing = config.checkpointing
@@ -296,7 +295,7 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     loss_of = train.distribute(NextToken(model), world)
     n = world.accumulation_steps(B, config.micro_batch)
 
-    with train.Run(folder, model, config, world) as run:
+    with train.Run(folder, model, config, world, sources=sources) as run:
         for step in run:
             index = train.batch_indices(config.seed, step, B, len(codes))       # (B,)
             targets = torch.from_numpy(codes[index.numpy()]).long()             # (B, F, K)
@@ -313,9 +312,7 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
                 total += loss.detach()
             run.step(total)             # clip the gradient norm, AdamW, zero_grad; and the log
 
-    if world.is_main:
-        evaluate.drop_rows(folder.parent / "results.json", "SFT", "SFT + RL")
-    checkpoint.finish(folder, model.save, config, model, world)
+    checkpoint.finish(folder, model.save, config, model, world, sources)
     return model.eval()
 
 
@@ -331,19 +328,25 @@ def load_tokenizer(config, world: train.World) -> DDT:
     return experiments.vqgan.ensure(config, world)
 
 
+def stages(config) -> tuple[str, ...]:
+    """The stages whose weights make the rows of the language model in the result table."""
+    return ("vae", "ddt", "sft") if config.tokenizer == "ddt" else (config.tokenizer, "sft")
+
+
 def load(folder: Path, **sources: Path) -> Llama:
     """A trained model. UserError if it was trained from other weights (name=path) than these."""
-    checkpoint.check_provenance(Path(folder), **sources)
+    folder = Path(folder)
+    checkpoint.check_provenance(folder, **sources)
     try:
         return Llama.load(folder).eval()
     except ValueError as error:
-        raise UserError(f"{error}: delete {folder}, or train it again with --fresh") from None
+        raise UserError(f"{error}: {checkpoint.remedy(folder)}") from None
 
 
 def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
     """The SFT model of <out> for a later stage with `config`: loaded, or trained first."""
     folder = Path(config.out, "sft")
-    if not (folder / "model.safetensors").exists():
+    if not checkpoint.has_model(folder):
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         sft_config = train.stage_config("sft", Config, PRESETS, config, tokenizer=config.tokenizer)
         return run_stage(sft_config, tokenizer, world)
@@ -368,9 +371,13 @@ def check_config(c: Config) -> None:
             check(getattr(c, name) == getattr(default, name), f"--{name} {getattr(c, name)}: the "
                   "model of --llm has its own size; leave one of the two out")
         try:                                # a wrong folder is reported now, not after tokenizing
-            read_config(c.llm)
+            bos = read_config(c.llm).bos_token_id
+            if not is_meta(Path(c.llm)):
+                weight_files(Path(c.llm))
         except ValueError as error:
             raise UserError(f"--llm {c.llm}: {error}") from None
+        check(bos is not None, f"--llm {c.llm}: it names no bos_token_id, with which every clip "
+              "begins")
     folder = Path(c.out, "sft")
     check(c.llm or c.preset != "paper" or (folder / "model.safetensors").exists(),
           f"{folder} is missing, and the paper's model starts from Llama-3.1-8B: make it with "
@@ -381,13 +388,13 @@ def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Loads the model that `config` describes, or trains it; then its row of the table."""
     check_config(config)
     folder = Path(config.out, "sft")
-    if checkpoint.is_trained(folder, "model.safetensors", config, world):
+    if checkpoint.is_trained(folder, config, world):
         sources = checkpoint.model_files(config.out, config.tokenizer)
         model = load(folder, **sources).to(world.device)
     else:
         model = train_sft(config, tokenizer, world)
     predictors = {"SFT": predictor(model, tokenizer)}
-    results = evaluate.add_rows(config, predictors, tokenizer.config.size, world)
+    results = evaluate.add_rows(config, predictors, stages(config), tokenizer.config.size, world)
     if world.is_main:
         print(evaluate.table(results))
     return model

@@ -74,10 +74,11 @@ def cli(main) -> None:
         main()
     except (UserError, OSError) as error:   # OSError: a full disk, a file that vanished
         stop(2, f"{script}: {error}")
-    except torch.OutOfMemoryError as error:
-        stop(2, f"{script}: {str(error).splitlines()[0]} Try --micro_batch 1, --checkpointing "
-             f"where there is such a flag, or more ranks. {go_on}")
-    except RuntimeError as error:           # of gloo and NCCL: the other end is gone or silent
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            stop(2, f"{script}: {str(error).splitlines()[0]} Try smaller sizes, --micro_batch 1, "
+                 f"--checkpointing where there is such a flag, or more ranks. {go_on}")
+        # of gloo and NCCL: the other end is gone or silent
         lost = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "timeout")
         if not dist.is_initialized() or not any(text in str(error) for text in lost):
             raise
@@ -92,6 +93,12 @@ def cli(main) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: of CUDA, numpy or, to be known by its words, torch on a CPU."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 # ------------------------------------------------------------------ flags
@@ -233,6 +240,8 @@ class World:
         Micro-batches per step, as many on every rank: those of the largest shard. A micro-batch has
         at most `micro_batch` rows (0: no limit), an element of the batch has `rows`.
         """
+        check(batch >= self.size, f"a batch of {batch} cannot be sharded over {self.size} ranks: use "
+              "fewer ranks or a larger batch")
         if not micro_batch:
             return 1
         largest_shard = ceil_div(batch, self.size)
@@ -592,19 +601,24 @@ class Run:
     Ctrl-C end the run after the current step, with a checkpoint (a second one at once).
 
     The log holds every step once: lines after the checkpoint that is resumed from are dropped. A
-    progress bar shows the metrics named in `show`. Only rank 0 writes them.
+    progress bar shows the metrics named in `show`. Only rank 0 writes them. With --fresh, log and
+    checkpoints of an older training stay until the first step is done.
+
+    sources: the checksums that checkpoint.start_stage returns, kept in the checkpoints.
     """
 
     def __init__(self, folder: Path, model: nn.Module, config, world: World,
-                 show: tuple[str, ...] = ("loss",)):
+                 show: tuple[str, ...] = ("loss",), sources: dict[str, str] | None = None):
         self.folder, self.model, self.config, self.world = folder, model, config, world
-        self.show = show
+        self.show, self.sources = show, sources
         self.optimizer = AdamW(model, (config.beta1, config.beta2), config.eps,
                                config.weight_decay, world.rank, world.size)
         self.first = checkpoint.resume(folder, model, self.optimizer, config, world)
         self.current = self.first           # the step in progress
         self.line = {}                      # its line in the log
         self.skipped = 0                    # steps in a row, up to now, that were not finite
+        self.last_loss = 0.0                # that of the last step
+        self.file = None                    # log.jsonl, opened when the first step is done
         self.stopping = False               # whether a signal came,
         self.signalled = -math.inf          # and when
         self.updates = 0                    # of the optimizer before the step in progress
@@ -628,7 +642,8 @@ class Run:
         which is added up over the ranks here. metrics: logged as they are.
 
         Returns whether the step was taken. One whose loss or gradient is not finite is skipped, by
-        all ranks together; UserError after PATIENCE in a row.
+        all ranks together; UserError after PATIENCE in a row, and at once for weights that are not
+        finite.
         """
         loss = self.world.all_reduce(loss)
         gradients = [p.grad for p in self.optimizer.params if p.grad is not None]
@@ -639,16 +654,26 @@ class Run:
         if finite:
             limit = self.config.max_grad_norm or math.inf
             self.optimizer.step(lr, (limit / (norm + 1e-6)).clamp(max=1.0))
+            weights = torch._foreach_norm([p.detach() for p in self.optimizer.params])
+            if not torch.isfinite(torch.stack(weights)).all():
+                self.fail(f"step {self.current} has made weights that are not finite")
         self.optimizer.zero_grad()
         self.skipped = 0 if finite else self.skipped + 1
         self.log(loss=loss, grad_norm=norm, learning_rate=lr, skipped=self.skipped, **metrics)
         if self.skipped == PATIENCE:
-            saved = checkpoint.checkpoints(self.folder)
-            raise UserError(f"{self.folder}: loss or gradient was not finite in the {PATIENCE} "
-                            f"steps up to {self.current}: lower --lr (now {self.config.lr}), or "
-                            "look at the data. Last good checkpoint: "
-                            f"{saved[-1] if saved else 'none'}")
+            self.fail(f"loss or gradient was not finite in the {PATIENCE} steps up to "
+                      f"{self.current}")
         return finite
+
+    def fail(self, what: str) -> None:
+        """Ends the run. What was saved before is kept: all of it is finite."""
+        saved = checkpoint.checkpoints(self.folder)
+        older = ""
+        if saved and checkpoint.weights_file(self.folder):
+            older = "; without its checkpoints, the older model there is used again"
+        raise UserError(f"{self.folder}: {what}: start again with --fresh and a lower --lr (now "
+                        f"{self.config.lr}) or a larger --eps (now {self.config.eps}), or look at "
+                        f"the data. Last checkpoint: {saved[-1] if saved else 'none'}{older}")
 
     def log(self, **metrics) -> None:
         """Adds metrics (numbers, or tensors of one) to this step's line of the log."""
@@ -667,10 +692,13 @@ class Run:
             stop = self.world.all_reduce(stopping) > 0          # a signal came to any rank
             if stop:
                 signal.alarm(0)             # the step has ended; saving may take its time
-            if stop or done % self.config.save_every == 0 or done == self.config.steps:
+            due = stop or done % self.config.save_every == 0 or done == self.config.steps
+            if due and not self.skipped:    # weights that give a finite loss
                 self._save(step)
             if stop:
                 raise KeyboardInterrupt
+        if not math.isfinite(self.last_loss):
+            self.fail("the loss of the last step is not finite")
 
     def __enter__(self) -> "Run":
         self.handlers = {}
@@ -680,13 +708,6 @@ class Run:
                 if (number, handler) != (signal.SIGHUP, signal.SIG_IGN):    # nohup ignores it
                     self.handlers[number] = signal.signal(number, self._stop)
         if self.world.is_main:
-            path = self.folder / "log.jsonl"
-            kept = []                                           # a new run starts a new log
-            if self.first and path.exists():
-                kept = path.read_text().splitlines()[:self.first]
-            with checkpoint.replacing(path) as part:
-                part.write_text("".join(line + "\n" for line in kept))
-            self.file = open(path, "a")
             interval = 0.2 if sys.stderr.isatty() else 10       # seconds
             self.bar = tqdm(total=self.config.steps, initial=self.first, desc=self.folder.name,
                             ncols=100, unit="step", mininterval=interval)
@@ -695,7 +716,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, step, self.config,
-                                   self.world)
+                                   self.world, self.sources)
 
     def _stop(self, number, frame) -> None:
         """
@@ -725,18 +746,39 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.world.is_main:
-            self.file.close()
             self.bar.close()
+            with contextlib.suppress(AttributeError, OSError):      # None; a full disk
+                self.file.close()
         if self.stopping and error is None:     # the signal came after the last step
             raise KeyboardInterrupt
+
+    def _open_log(self) -> None:
+        """Drops what an older training, or this one after its last checkpoint, has left."""
+        path, kept = self.folder / "log.jsonl", []
+        if self.first and path.exists():                        # else a new log
+            try:
+                kept = path.read_text(encoding="utf-8").splitlines()[:self.first]
+            except (OSError, ValueError) as error:
+                print(f"\n{path} is damaged ({error}): it starts again with step {self.first}")
+        with checkpoint.replacing(path) as part:
+            part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")
+        if self.config.fresh:
+            checkpoint.forget_checkpoints(self.folder)
 
     def _write_line(self) -> None:
         now = time.perf_counter()
         line = {k: v.item() if isinstance(v, Tensor) else v for k, v in self.line.items()}
+        self.last_loss = line.get("loss", 0.0)
         if self.world.is_main:
+            if not self.file:
+                self._open_log()
             logged = {"step": self.current} | line | {"step_time": now - self.time}
-            self.file.write(json.dumps({k: _rounded(v) for k, v in logged.items()}) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({k: _rounded(v) for k, v in logged.items()}) + "\n")
+                self.file.flush()
+            except OSError as error:                            # a full disk: training goes on
+                sys.stderr.write(f"\ncould not write {self.file.name} ({error.strerror})\n")
             shown = {name: f"{line[name]:.3g}" for name in self.show if name in line}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()

@@ -45,7 +45,7 @@ class Config:
     preset: str = "tiny"        # named set of defaults: tiny or small
     out: str = ""               # run folder (empty: runs/<preset>)
     seed: int = 0               # seed of weights, data order and noise
-    fresh: bool = False         # delete this stage's model and train it again
+    fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 200       # steps between two checkpoints
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
@@ -346,6 +346,7 @@ def save_folder(folder, config: dict, model: nn.Module, weights: str) -> None:
 
 def load_folder(folder, weights: str) -> tuple[dict, dict[str, Tensor]]:
     """What `save_folder` wrote -> config, tensors. UserError for what is missing or damaged."""
+    checkpoint.check_files(Path(folder))
     path = Path(folder, "config.json")
     check(path.exists(), f"cannot read {path} (no such file): is {folder} the right folder?")
     config = checkpoint.read_json(path, f"is {folder} the right folder?")
@@ -408,7 +409,8 @@ def small_vae(config: Config) -> VAE:
 
 def train_vae(config: Config, world: train.World) -> VAE:
     """Trains a small VAE on single frames and saves it in <out>/vae."""
-    folder = checkpoint.start_stage(Path(config.out, "vae"), config, world)
+    folder = Path(config.out, "vae")
+    checkpoint.start_stage(folder, config, world)
     torch.manual_seed(config.seed)
     vae = small_vae(config).to(world.device)
     B, data = config.batch, Frames(config, world.device, ("pretrain", "ood"))
@@ -445,8 +447,6 @@ def train_vae(config: Config, world: train.World) -> VAE:
         frames = data[train.batch_indices(config.seed, 0, 512, len(data))]
         mean, _ = vae.moments(2 * frames - 1)
     vae.config |= {"shift_factor": mean.mean().item(), "scaling_factor": 1 / mean.std().item()}
-    if world.is_main:
-        evaluate.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
     checkpoint.finish(folder, vae.save, config, vae, world)
     return vae.eval().requires_grad_(False)
 
@@ -478,7 +478,7 @@ def report(config, vae: VAE, world: train.World) -> Path:
     measurement itself, and their reconstructions.
     """
     predictors = {"ground truth": lambda frames: frames, "VAE": reconstruction(vae)}
-    return evaluate.add_rows(config, predictors, config.size, world, shown=sim.FRAMES)
+    return evaluate.add_rows(config, predictors, ("vae",), config.size, world, shown=sim.FRAMES)
 
 
 def ensure(config, world: train.World) -> VAE:
@@ -489,7 +489,7 @@ def ensure(config, world: train.World) -> VAE:
     folder = Path(config.out, "vae")
     if getattr(config, "vae", ""):
         return adopt(folder, config.vae, world)
-    if not (folder / WEIGHTS).exists():
+    if not checkpoint.has_model(folder):
         check(config.preset in PRESETS, f"{folder} is missing, and --preset {config.preset} needs "
               "a pre-trained VAE: name the folder of one, such as `vae` of stable-diffusion-3-"
               f"medium-diffusers (python ddt.py --preset paper --out {config.out} --vae DIR)")
@@ -500,7 +500,8 @@ def ensure(config, world: train.World) -> VAE:
               f"{multiple}, by which the VAE and patches of {config.patch} divide it")
         world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
         return run_stage(own, world)
-    trained = checkpoint.read_json(folder / "trained.json", "train it again with vae.py --fresh")
+    trained = checkpoint.read_json(folder / "trained.json", checkpoint.remedy(folder),
+                                   ("size", "scenario"))
     if trained:
         size, known = trained["size"], trained["scenario"]
         unknown = set(train.scenarios(config.scenario)) - set(train.scenarios(known))
@@ -522,7 +523,6 @@ def adopt(folder: Path, source: str, world: train.World) -> VAE:
     world.barrier()                     # every rank has looked before rank 0 writes
     if world.is_main and not exists:
         vae.save(folder)
-        evaluate.drop_rows(folder.parent / "results.json", "VAE", "DDT", "SFT", "SFT + RL")
     world.barrier()
     return vae.to(world.device)
 
@@ -531,7 +531,7 @@ def run_stage(config: Config, world: train.World) -> VAE:
     """Loads the VAE that `config` describes, or trains it."""
     check_config(config)
     folder = Path(config.out, "vae")
-    if checkpoint.is_trained(folder, WEIGHTS, config, world):
+    if checkpoint.is_trained(folder, config, world):
         return VAE.load(folder).to(world.device)
     return train_vae(config, world)
 

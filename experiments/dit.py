@@ -48,7 +48,7 @@ class Config:
     preset: str = "tiny"        # named set of defaults: tiny, small, or PhyWorld's S, B, L
     out: str = ""               # run folder (empty: runs/<preset>)
     seed: int = 0               # seed of weights, data order and noise
-    fresh: bool = False         # delete this stage's model and train it again
+    fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
@@ -273,8 +273,8 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
         dit = DiT(config, vae).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    weights = vae_stage.weights_of(config.out)
-    folder = checkpoint.start_stage(Path(config.out, "dit"), config, world, vae=weights)
+    folder, weights = Path(config.out, "dit"), vae_stage.weights_of(config.out)
+    sources = checkpoint.start_stage(folder, config, world, vae=weights)
 
     B, data = config.batch, Frames(config, world.device)
     clips, shape = len(data) // FRAMES, (FRAMES, dit.channels, dit.side, dit.side)
@@ -285,7 +285,7 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
     model = train.distribute(dit, world)
     n = world.accumulation_steps(B, config.micro_batch)
 
-    with train.Run(folder, dit, config, world) as run:
+    with train.Run(folder, dit, config, world, sources=sources) as run:
         for step in run:
             model.train()
             index = world.shard(train.batch_indices(config.seed, step, B, clips))       # (b,)
@@ -307,11 +307,7 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
                 total += loss.detach()
             run.step(total)
 
-    if world.is_main:
-        path = folder.parent / "results.json"
-        rows = [row for row in checkpoint.read_json(path) if row.startswith("DiT")]
-        evaluate.drop_rows(path, *rows)
-    checkpoint.finish(folder, dit.save, config, dit, world)
+    checkpoint.finish(folder, dit.save, config, dit, world, sources)
     return dit.eval().requires_grad_(False)
 
 
@@ -332,14 +328,14 @@ def main(argv: list[str] | None = None) -> None:
     world = train.start(c.seed, c.out)
     out = Path(c.out)
     vae = vae_stage.ensure(config, world)
-    if checkpoint.is_trained(out / "dit", ddt.MODEL, c, world):
+    if checkpoint.is_trained(out / "dit", c, world):
         checkpoint.check_provenance(out / "dit", vae=vae_stage.weights_of(c.out))
         dit = DiT.load(out / "dit").to(world.device)
         dit.config.calls = c.calls
     else:
         dit = train_dit(config, vae, world)
     predictors = {f"DiT, {c.calls} calls": dit.predictor()}
-    results = evaluate.add_rows(c, predictors, c.size, world)
+    results = evaluate.add_rows(c, predictors, ("vae", "dit"), c.size, world)
     if world.is_main:
         print(evaluate.table(results))
 

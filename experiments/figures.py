@@ -83,12 +83,12 @@ def check_run(run: Path, name: str, **needed) -> dict:
     Raises UserError if there is no model, with the command that trains it, and if one of the
     `needed` settings is another one.
     """
-    weights = run / name / (vae.WEIGHTS if name == "vae" else MODEL)
     flags = "".join(f" --{field} {value}" for field, value in needed.items())
     command = f"{checkpoint.command(name)} --out {run}{flags}"
     preset = "" if "preset" in needed else ", with the --preset that the folder has"
-    check(weights.exists(), f"{run}/{name} is missing: make it with `{command}`{preset}")
-    settings = read_json(run / name / "trained.json", "train that stage again with --fresh")
+    check(checkpoint.has_model(run / name), f"{run}/{name} is missing or not finished: make it "
+          f"with `{command}`{preset}")
+    settings = read_json(run / name / "trained.json", checkpoint.remedy(run / name), needed)
     for field, value in needed.items() if settings else ():
         check(settings[field] == value, f"{run}/{name} was trained with --{field} "
               f"{settings[field]}; this table is of --{field} {value}: choose another --out")

@@ -46,7 +46,7 @@ class Config:
     preset: str = "tiny"        # named set of defaults: tiny or small
     out: str = ""               # run folder (empty: runs/<preset>)
     seed: int = 0               # seed of weights and data order
-    fresh: bool = False         # delete this stage's model and train it again
+    fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 200       # steps between two checkpoints
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
@@ -147,7 +147,8 @@ class VQGAN(nn.Module):
 
 def train_vqgan(config: Config, world: train.World) -> VQGAN:
     """Trains the tokenizer on single frames and saves it in <out>/vqgan."""
-    folder = checkpoint.start_stage(Path(config.out, "vqgan"), config, world)
+    folder = Path(config.out, "vqgan")
+    checkpoint.start_stage(folder, config, world)
     torch.manual_seed(config.seed)
     vqgan = VQGAN(config).to(world.device)
     B, data, quantizer = config.batch, Frames(config, world.device), vqgan.quantizer
@@ -179,24 +180,20 @@ def train_vqgan(config: Config, world: train.World) -> VQGAN:
             means = {name: world.all_reduce(out[name].sum()) / B for name in ("mse", "commitment")}
             run.log(**means, **quantizer.usage(codes))
 
-    if world.is_main:
-        results, sft = folder.parent / "results.json", folder.parent / "sft"
-        of_its_codes = "vqgan" in checkpoint.read_json(sft / "provenance.json")
-        evaluate.drop_rows(results, "VQGAN", *(["SFT", "SFT + RL"] if of_its_codes else []))
     checkpoint.finish(folder, vqgan.save, config, vqgan, world)
     return vqgan.eval().requires_grad_(False)
 
 
 def report(config, vqgan: VQGAN, world: train.World) -> Path:
     """The tokenizer's row of the result table; what is there already is not done again."""
-    return evaluate.add_rows(config, {"VQGAN": reconstruction(vqgan)}, vqgan.config.size, world,
-                             n=vqgan.config.eval_clips, shown=sim.FRAMES)
+    return evaluate.add_rows(config, {"VQGAN": reconstruction(vqgan)}, ("vqgan",),
+                             vqgan.config.size, world, n=vqgan.config.eval_clips, shown=sim.FRAMES)
 
 
 def ensure(config, world: train.World) -> VQGAN:
     """The VQGAN of <out> for a later stage with `config`: loaded, or trained first."""
     folder = Path(config.out, "vqgan")
-    if not (folder / ddt.MODEL).exists():
+    if not checkpoint.has_model(folder):
         world.print0(f"{folder} is missing: training it first.")
         run_stage(train.stage_config("vqgan", Config, PRESETS, config), world)
     vqgan = VQGAN.load(folder).to(world.device)
@@ -208,7 +205,7 @@ def ensure(config, world: train.World) -> VQGAN:
 def run_stage(config: Config, world: train.World) -> None:
     """Loads the VQGAN that `config` describes, or trains it; then its row of the table."""
     folder = Path(config.out, "vqgan")
-    if checkpoint.is_trained(folder, ddt.MODEL, config, world):
+    if checkpoint.is_trained(folder, config, world):
         vqgan = VQGAN.load(folder).to(world.device)
     else:
         vqgan = train_vqgan(config, world)

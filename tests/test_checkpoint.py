@@ -14,9 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -126,7 +128,9 @@ def test_the_last_two_are_kept(tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
     manifest = json.loads((tmp_path / "checkpoint-00000010" / "manifest.json").read_text())
     assert manifest["step"] == 10 and manifest["ranks"] == 1
-    assert manifest["config"] == dataclasses.asdict(Config())
+    places = ("out", "fresh", "save_every")                 # decide nothing that is learnt
+    kept = {k: v for k, v in dataclasses.asdict(Config()).items() if k not in places}
+    assert manifest["config"] == kept
     assert set(manifest["files"]) == {"model.safetensors", "optimizer-0.safetensors"}
 
 
@@ -300,26 +304,279 @@ def test_a_checkpoint_of_another_optimizer(stopped, monkeypatch):
 # ------------------------------------------------------------------ finished models
 
 
+def save(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(folder / "config.json", {})
+    checkpoint.write_safetensors(folder / "model.safetensors", mlp().state_dict(), {})
+
+
 def test_finish(stopped):
     """
     The model is saved, the checkpoint goes, and the stage is known as trained, with this
     configuration only.
     """
-    def save(folder):
-        (folder / "model.safetensors").touch()
-
     def is_trained(config):
-        return checkpoint.is_trained(stopped, "model.safetensors", config, ALONE)
+        return checkpoint.is_trained(stopped, config, ALONE)
     assert not is_trained(Config())
     checkpoint.finish(stopped, save, Config(), mlp(), ALONE)
     found = {path.name for path in stopped.iterdir()}
-    assert found == {"log.jsonl", "model.safetensors", "trained.json"}
+    assert found == {"log.jsonl", "model.safetensors", "config.json", "trained.json",
+                     "provenance.json"}
     (stopped / "checkpoint-00000010").mkdir()               # killed between saving and cleaning up
     assert is_trained(Config())
     assert not (stopped / "checkpoint-00000010").exists()
     assert not is_trained(Config(fresh=True))
     with pytest.raises(UserError, match="lr was"):
         is_trained(Config(lr=0.123))
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def finished(stopped):
+    """The folder of a finished model. (That of an untrained `mlp()`: `save` says which.)"""
+    fit(stopped, Config())
+    checkpoint.finish(stopped, save, Config(), mlp(), ALONE)
+    return stopped
+
+
+def test_fresh_that_fails_at_its_first_step_changes_nothing(finished):
+    """Too many ranks, out of memory, wrong weights: all are found before the first step is done."""
+    before = content(finished)
+    with pytest.raises(RuntimeError), train.Run(finished, mlp(), Config(fresh=True), ALONE) as run:
+        for step in run:
+            raise RuntimeError("out of memory")
+    assert content(finished) == before
+
+
+def test_an_older_training_stays_until_the_first_step_of_fresh(stopped):
+    with train.Run(stopped, mlp(), Config(fresh=True, save_every=5), ALONE) as run:
+        for step in run:
+            run.log(loss=0.5)
+            assert names(stopped) == (["checkpoint-00000003", "checkpoint-00000006"]
+                                      if step == 0 else [])
+            if step == 2:
+                break
+    assert [line["step"] for line in log_of(stopped)] == [0, 1]
+
+
+def test_fresh_replaces_the_model_at_its_end(finished, uninterrupted):
+    """Interrupted, the new training goes on without --fresh; the old model is not used any more."""
+    old = content(finished)
+    kept = [path for path in old if path.suffix in (".json", ".safetensors")]
+    with pytest.raises(UserError, match="lr was 0.01, is 0.02"):
+        checkpoint.is_trained(finished, Config(lr=0.02), ALONE)
+    fit(finished, Config(lr=0.02, fresh=True), stop=8)
+    assert all((finished / path).read_bytes() == old[path] for path in kept)
+    assert not checkpoint.has_model(finished)
+    assert not checkpoint.is_trained(finished, Config(lr=0.02), ALONE)
+    with pytest.raises(UserError, match="of another configuration"):
+        checkpoint.start_stage(finished, Config(), ALONE)
+    checkpoint.start_stage(finished, Config(lr=0.02), ALONE)
+    model, first = fit(finished, Config(lr=0.02))
+    assert first == 6 and not checkpoint.has_model(finished)
+
+    def save_new(folder):
+        folder.mkdir()
+        checkpoint.write_json(folder / "config.json", {"new": 1})
+        checkpoint.write_safetensors(folder / "model.safetensors", model.state_dict(), {})
+    checkpoint.finish(finished, save_new, Config(lr=0.02), model, ALONE)
+    assert checkpoint.is_trained(finished, Config(lr=0.02), ALONE)
+    saved = load_file(finished / "model.safetensors")
+    assert all(torch.equal(saved[name], x) for name, x in model.state_dict().items())
+    assert json.loads((finished / "config.json").read_text()) == {"new": 1}
+    assert content(finished).keys() == old.keys()
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_kill_while_the_new_model_replaces_the_old(finished, tmp_path, monkeypatch, at):
+    """Whichever file came last: the stage is not finished, and ends as it should."""
+    model, _ = fit(finished, Config(lr=0.02, fresh=True))
+    config, replace = Config(lr=0.02), Path.replace
+
+    def save_new(folder):
+        save(folder)
+        checkpoint.write_safetensors(folder / "model.safetensors", model.state_dict(), {})
+
+    def killed(source, target):
+        if source.parent.name == "new":
+            killed.left -= 1
+            if killed.left < 0:
+                raise SystemExit
+        return replace(source, target)
+    killed.left = at
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(SystemExit):
+        checkpoint.finish(finished, save_new, config, model, ALONE)
+    monkeypatch.undo()
+    assert not checkpoint.is_trained(finished, config, ALONE)
+    copy = shutil.copytree(finished, tmp_path / "copy")     # the worst: no checkpoint was saved
+    checkpoint.forget_checkpoints(copy)
+    if at == 0:
+        assert checkpoint.is_trained(copy, Config(), ALONE)
+        checkpoint.check_provenance(copy)
+    else:
+        with pytest.raises(UserError, match="not what training has saved"):
+            checkpoint.check_provenance(copy)
+    again, first = fit(finished, config)
+    assert first == 10 and equal(again, model)
+    checkpoint.finish(finished, save_new, config, again, ALONE)
+    assert checkpoint.is_trained(finished, config, ALONE)
+    checkpoint.check_provenance(finished)
+
+
+def test_a_full_disk_at_the_end_loses_neither_model(finished, monkeypatch):
+    model, _ = fit(finished, Config(lr=0.02, fresh=True))
+    before = content(finished)
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError) as error:
+        checkpoint.finish(finished, save, Config(lr=0.02), model, ALONE)
+    words = ("model.safetensors", "No space left on device", "goes on from", "checkpoint-00000010")
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert content(finished) == before
+
+
+def test_what_is_not_finite_is_not_saved(stopped, capsys):
+    """The checkpoints that are there stay, and there is no model."""
+    before = content(stopped)
+    for broken in ("model", "optimizer"):
+        model = mlp()
+        optimizer = train.AdamW(model)
+        with torch.no_grad():
+            if broken == "model":
+                model[0].weight[0, 0] = math.nan
+            else:
+                optimizer.buckets[0].master[0] = math.inf
+        checkpoint.save_checkpoint(stopped, model, optimizer, 6, Config(), ALONE)
+        error = capsys.readouterr().err
+        assert "checkpoint-00000007" in error and "holds NaN or infinity" in error
+        assert content(stopped) == before
+    with pytest.raises(UserError, match="at the end are not finite"):
+        model = mlp()
+        torch.nn.init.constant_(model[0].weight, math.nan)
+        checkpoint.finish(stopped, save, Config(), model, ALONE)
+    assert content(stopped) == before
+
+
+def test_the_message_of_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise SafetensorError("No space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    fit(tmp_path, Config(steps=6))
+    first, last = [line for line in capsys.readouterr().err.splitlines() if "could not" in line]
+    assert "checkpoint-00000003" in first and "tries again at the next checkpoint" in first
+    assert "checkpoint-00000006" in last and "it was the last one" in last
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_one_bit_of_a_finished_model(finished, name):
+    """The files that make the numbers have checksums, and the line names the way out."""
+    path = finished / name
+    data, place = path.read_bytes(), finished.rename(finished.parent / "grpo")
+    path = place / name
+    for i in range(len(data) - 2, len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+        with pytest.raises(UserError) as error:
+            checkpoint.check_provenance(place)
+        words = (str(path), "not what training has saved", "python grpo.py --fresh --out",
+                 str(place.parent))
+        assert all(word in str(error.value) for word in words)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="cannot read .*python grpo.py --fresh"):
+        checkpoint.check_provenance(place)
+
+
+DAMAGES = {"cut": lambda data: data[:len(data) // 2], "empty": lambda data: b"",
+           "null": lambda data: b"null", "list": lambda data: b"[]", "number": lambda data: b"3",
+           "no UTF-8": lambda data: b"\xff\xfe" + data, "folder": None}
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "other fields"])
+@pytest.mark.parametrize("name", ["trained.json", "provenance.json"])
+def test_damaged_notes_of_a_finished_model(finished, name, how):
+    place = finished.rename(finished.parent / "sft")
+    path = place / name
+    data = path.read_bytes()
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "other fields":
+        path.write_text('{"SFT": 3, "files": 3}')
+    else:
+        path.write_bytes(DAMAGES[how](data))
+    with pytest.raises(UserError) as error:
+        checkpoint.is_trained(place, Config(), ALONE)
+        checkpoint.check_provenance(place)
+    text = str(error.value)
+    assert str(path) in text and "damaged" in text and "\n" not in text
+    assert f"python sft.py --fresh --out {place.parent}" in text
+
+
+@dataclasses.dataclass
+class WithFolder(Config):
+    llm: str = ""
+
+
+def test_a_folder_has_one_name(tmp_path, monkeypatch):
+    """DIR, DIR/, a relative path and a link are the same --llm."""
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "llm")
+    monkeypatch.chdir(tmp_path)
+    names = [f"{tmp_path}/llm", f"{tmp_path}/llm/", "llm", "./llm/", "llm/../llm", "link"]
+    then = checkpoint.settings(WithFolder(llm=names[0]))
+    for name in names:
+        assert not checkpoint.changed_fields(then, WithFolder(llm=name)), name
+    for name in ("other", ""):
+        assert "llm was" in checkpoint.changed_fields(then, WithFolder(llm=name))
+    assert checkpoint.settings(WithFolder())["llm"] == ""
+
+
+def test_a_manifest_that_is_a_folder(stopped, uninterrupted):
+    """It is damaged, and the next saves remove it."""
+    manifest = stopped / "checkpoint-00000006" / "manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    checkpoint.start_stage(stopped, Config(), ALONE)
+    model, first = fit(stopped, Config())
+    assert first == 3 and equal(model, uninterrupted)
+    assert names(stopped) == ["checkpoint-00000009", "checkpoint-00000010"]
+
+
+def test_one_bit_of_a_cached_array(tmp_path):
+    """It is made again, as one without its note, or of another stamp."""
+    path, made = tmp_path / "codes.npy", []
+
+    def rows(chunk):
+        made.append(chunk)
+        return np.full((2, 3), chunk.start, np.uint8)
+
+    def array(stamp="of clips"):
+        made.clear()
+        chunks = [slice(0, 2), slice(2, 4)]
+        result = checkpoint.cached_array(path, stamp, (4, 3), chunks, rows, ALONE)
+        assert result.tolist() == [[0] * 3] * 2 + [[2] * 3] * 2
+        return len(made)
+    assert [array(), array()] == [2, 0]
+    for i in range(1, 13):
+        data = bytearray(path.read_bytes())
+        data[-i] ^= 1 << i % 8
+        path.write_bytes(data)
+        assert [array(), array()] == [2, 0]
+    assert array("of others") == 2
+    path.with_suffix(".txt").write_bytes(b"\xff")
+    assert [array("of others"), array("of others")] == [2, 0]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="codes.npy is a folder"):
+        array()
 
 
 def test_one_training_at_a_time(tmp_path):
@@ -335,36 +592,42 @@ def test_one_training_at_a_time(tmp_path):
 
 def test_delete_model(stopped):
     weights = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-    for name in (*weights, "trained.json", "note"):
+    for name in (*weights, "trained.json", "provenance.json", "note"):
         (stopped / name).touch()
     checkpoint.delete_model(stopped)
     checkpoint.delete_model(stopped)
     assert {path.name for path in stopped.iterdir()} == {"log.jsonl", "note"}
 
 
-def test_a_stage_knows_what_it_started_from(stopped, tmp_path):
+def test_a_stage_knows_what_it_started_from(tmp_path):
     """Another tokenizer is refused, until the stage is trained again with --fresh."""
-    source, note = tmp_path / "source" / "model.safetensors", stopped / "provenance.json"
+    source, stage = tmp_path / "source" / "model.safetensors", tmp_path / "sft"
     source.parent.mkdir()
 
     def start(**flags):
-        return checkpoint.start_stage(stopped, Config(**flags), ALONE, source=source)
+        config = Config(steps=2, save_every=1, **flags)
+        return checkpoint.start_stage(stage, config, ALONE, source=source)
 
-    def check():
-        return checkpoint.check_provenance(stopped, source=source)
+    def refused():
+        for function in (start, lambda: checkpoint.check_provenance(stage, source=source)):
+            with pytest.raises(UserError) as error:
+                function()
+            words = (str(stage), str(source.parent), "python sft.py --fresh", "--out")
+            assert all(word in str(error.value) for word in words)
     checkpoint.write_safetensors(source, {"x": torch.ones(9)}, {})
-    assert start() == stopped
-    before = note.read_text()
-    assert json.loads(before) == check() == {"source": checkpoint.checksum(source)}
-    start()                                                 # the same again is no problem
+    sums = start()
+    assert sums == {"source": checkpoint.checksum(source)} and stage.is_dir()
+    model, config = mlp(), Config(steps=2, save_every=1)
+    with train.Run(stage, model, config, ALONE, sources=sums) as run:
+        for step in run:
+            run.log(loss=1.0)
+    assert start() == sums                                  # the same again is no problem
     checkpoint.write_safetensors(source, {"x": torch.zeros(9)}, {})
-    for function in (start, check):
-        with pytest.raises(UserError) as error:
-            function()
-        words = (str(stopped), str(source.parent), "--fresh", "--out")
-        assert all(word in str(error.value) for word in words)
-    assert note.read_text() == before and checkpoints(stopped)
-    start(fresh=True)                                       # nothing is left to contradict it
-    assert note.read_text() != before
-    assert {path.name for path in stopped.iterdir()} == {"log.jsonl", "provenance.json"}
-    assert checkpoint.start_stage(tmp_path / "new" / "stage", Config(), ALONE).is_dir()
+    refused()                                               # by the checkpoint
+    checkpoint.finish(stage, save, config, model, ALONE, sums)
+    refused()                                               # by the model
+    note = json.loads((stage / "provenance.json").read_text())
+    assert note.pop("files") and note == sums
+    before = {path: path.read_bytes() for path in stage.iterdir()}
+    assert start(fresh=True) != sums                        # may train, and deletes nothing
+    assert {path: path.read_bytes() for path in stage.iterdir()} == before

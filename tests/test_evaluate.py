@@ -7,7 +7,9 @@ Takes 3 seconds on one CPU core.
 """
 import json
 import math
+import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ import evaluate
 import reward
 import sim
 from checkpoint import UserError
+from train import World
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def paint(clips, size=32):
@@ -167,7 +172,7 @@ def test_a_table_is_continued_not_measured_again(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_table_and_drop_rows(tmp_path):
+def test_table(tmp_path):
     path = tmp_path / "results.json"
     evaluate.add_row(path, "no motion", freeze, ["uniform"], ("iid", "slow"), 3, size=16)
     evaluate.add_row(path, "truth", truth, ["uniform"], ("iid",), 3, size=16, shown=32)
@@ -179,19 +184,85 @@ def test_table_and_drop_rows(tmp_path):
     assert names == [["no motion", "truth"], ["no motion"]]
     assert f"{results['truth']['uniform']['iid']['reward']:.3f}" in blocks[0][2]
 
-    evaluate.drop_rows(path, "no motion")
-    assert set(json.loads(path.read_text())) == {"truth"}
-    evaluate.drop_rows(path, "never there")
-    assert set(json.loads(path.read_text())) == {"truth"}
-    evaluate.drop_rows(tmp_path / "none.json", "truth")
-    assert not (tmp_path / "none.json").exists()
-    evaluate.add_row(path, "no motion", freeze, ["uniform"], ("iid",), 3, size=16)
-    evaluate.drop_rows(path, "no motion", "truth")
-    assert json.loads(path.read_text()) == {}
+
+def test_rows_of_other_weights_are_measured_again(tmp_path):
+    """Rows know the weights that they were measured on, and those that were trained from them."""
+    config = SimpleNamespace(out=str(tmp_path), scenario="uniform", eval_clips=2)
+    measured = []
+
+    def train(*stages):
+        for stage in stages:
+            (tmp_path / stage).mkdir(exist_ok=True)
+            (tmp_path / stage / "model.safetensors").write_bytes(os.urandom(9))
+
+    def add(row, *stages):
+        def predict(frames):
+            measured.append(row)
+            return freeze(frames)
+        path = evaluate.add_rows(config, {row: predict}, stages, 16, ALONE, splits=("iid",))
+        assert path == tmp_path / "results.json"
+
+    def all_rows():
+        measured.clear()
+        add("DDT", "ddt")
+        add("SFT", "ddt", "sft")
+        add("SFT + RL", "ddt", "sft", "grpo")
+        return measured
+    train("ddt", "sft", "grpo")
+    assert all_rows() == ["DDT", "SFT", "SFT + RL"]
+    assert all_rows() == []
+    train("grpo")
+    assert all_rows() == ["SFT + RL"]
+    train("sft")
+    measured.clear()
+    add("SFT", "ddt", "sft")
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"DDT", "SFT"}
+    train("ddt")
+    assert all_rows() == ["DDT", "SFT", "SFT + RL"]
+    path = tmp_path / "results.json"                        # a row that does not say of what it is
+    results = json.loads(path.read_text())
+    results["SFT"]["uniform"]["iid"].pop("weights")
+    path.write_text(json.dumps(results))
+    assert all_rows() == ["SFT"]
 
 
-def test_a_damaged_file_is_named(tmp_path):
+SHAPES = ["{", "", "null", "[]", "3", '{"SFT": {', '{"SFT": 3}', '{"SFT": null}', '{"SFT": []}',
+          '{"SFT": {"uniform": 3}}', '{"SFT": {"uniform": {"iid": 3}}}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", [*SHAPES, b"\xff\xfe{}"], ids=lambda text: repr(text[:20]))
+def test_a_damaged_file_is_one_line(tmp_path, text):
     path = tmp_path / "results.json"
-    path.write_text('{"SFT": {')
-    with pytest.raises(UserError, match="results.json"):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for use in (lambda: evaluate.table(path),
+                lambda: evaluate.difference(path, "SFT", "SFT + RL"),
+                lambda: evaluate.drop_older(path, {"sft": "0"}),
+                lambda: evaluate.add_row(path, "SFT", freeze, ["uniform"], ("iid",), 2, size=16)):
+        with pytest.raises(UserError, match="results.json is damaged .* delete it, and") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda result: result.pop("drift_error_se"), lambda result: result.pop("n"),
+    lambda result: result.update(reward="much"), lambda result: result.pop("each"),
+    lambda result: result.update(each=[1, 2]), lambda result: result["each"]["reward"].pop(),
+    lambda result: result.update(weights=3)])
+def test_half_a_row_is_one_line(tmp_path, damage):
+    path = tmp_path / "results.json"
+    for row in ("SFT", "SFT + RL"):
+        evaluate.add_row(path, row, freeze, ["uniform"], ("iid",), 3, size=16)
+    results = json.loads(path.read_text())
+    damage(results["SFT"]["uniform"]["iid"])
+    path.write_text(json.dumps(results))
+    with pytest.raises(UserError, match="results.json is damaged .* delete it"):
+        evaluate.drop_older(path, {"sft": "0"})
         evaluate.table(path)
+        evaluate.difference(path, "SFT", "SFT + RL")
+
+
+def test_results_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(UserError, match="results.json is damaged .*directory"):
+        evaluate.add_row(tmp_path / "results.json", "SFT", freeze, ["uniform"], ("iid",), 2,
+                         size=16)

@@ -322,12 +322,92 @@ def test_another_tokenizer(tmp_path, one_split):
         run(stage, tmp_path, "--tokenizer", "vqgan")
     for stage, sources in (("sft", {"vqgan"}), ("grpo", {"vqgan", "sft"})):
         note = json.loads((tmp_path / stage / "provenance.json").read_text())
-        assert note.keys() == sources
+        assert note.keys() == sources | {"files"}
     assert np.load(tmp_path / "sft" / "codes.npy").shape == (16, 32, 9)
     assert not (tmp_path / "ddt").exists()
     assert results(tmp_path).keys() == {"VQGAN", "SFT", "SFT + RL"}
     with pytest.raises(UserError, match="choose ddt or vqgan"):
         run("sft", tmp_path, "--tokenizer", "words")
+
+
+# ------------------------------------------------------------------ nothing finished is lost
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Path -> bytes of the files of a run folder, without the lock."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+def test_fresh_that_cannot_train_deletes_nothing(finished, tmp_path, capsys):
+    """A wrong --llm, NaN, a loss that is not finite: one line, the old model, no table."""
+    copy(finished, tmp_path, "vae", "ddt", "sft", "grpo")
+    shutil.copy(finished / "results.json", tmp_path)
+    llm = shutil.copytree(ROOT / "tests" / "fixtures" / "llama31", tmp_path / "llm")
+    config = json.loads((llm / "config.json").read_text())
+    config |= {"bos_token_id": None, "max_position_embeddings": 129}
+    (llm / "config.json").write_text(json.dumps(config))
+    before = content(tmp_path)
+    for main, stage, flags, culprit in (
+            (sft.main, "sft", ["--llm", llm], "bos_token_id"),
+            (grpo.main, "grpo", ["--eps", 0], "weights that are not finite"),
+            (grpo.main, "grpo", ["--lr", 1e30], "weights that are not finite")):
+        error = complaint(capsys, main, *argv(stage, tmp_path, *flags, "--fresh"))
+        assert culprit in error.splitlines()[-1]
+        assert content(tmp_path) == before
+    flags = ["--lr", 1e15, "--save_every", 100, "--fresh"]
+    complaint(capsys, sft.main, *argv("sft", tmp_path, *flags))
+    after = content(tmp_path)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert after.keys() == before.keys() and changed == {"sft/log.jsonl"}
+    printed = run("grpo", tmp_path)                         # and all is as it was
+    assert "is trained" in printed and results(tmp_path) == results(finished)
+
+
+def test_the_old_model_is_not_taken_for_the_new_one(finished, tmp_path, monkeypatch, one_split):
+    """SFT is trained again and stopped. GRPO finishes that first, then does not fit it any more."""
+    copy(finished, tmp_path, "vae", "ddt", "sft", "grpo")
+    monkeypatch.setitem(sft.PRESETS, "tiny", FLAGS["sft"])
+    old = weights(finished / "sft")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoint, "finish", lambda *_: sys.exit(1))
+        run("sft", tmp_path, "--fresh")
+    same(weights(tmp_path / "sft"), old)
+    assert checkpoints(tmp_path / "sft")
+    (tmp_path / "sft" / "model.safetensors").write_bytes(b"")       # not read
+    run("grpo", tmp_path)                                   # SFT ends as it did: GRPO still fits it
+    same(weights(tmp_path / "sft"), old)
+    assert not checkpoints(tmp_path / "sft")
+
+
+def test_results_are_those_of_the_weights_at_hand(finished, tmp_path, capsys, one_split):
+    """Another policy is measured again. One that training did not save is refused."""
+    copy(finished, tmp_path, "vae", "ddt", "sft", "grpo")
+    shutil.copy(finished / "results.json", tmp_path)
+    sums = {stage: checkpoint.checksum(next((tmp_path / stage).glob("*.safetensors")))
+            for stage in ("vae", "ddt", "sft", "grpo")}
+    rows = results(tmp_path)
+    assert rows["VAE"]["uniform"]["iid"]["weights"] == {"vae": sums["vae"]}
+    assert rows["SFT + RL"]["uniform"]["iid"]["weights"] == sums
+    policy = tmp_path / "grpo" / "model.safetensors"
+    shutil.copy(tmp_path / "sft" / "model.safetensors", policy)
+    error = complaint(capsys, grpo.main, *argv("grpo", tmp_path))
+    assert f"{policy} is not what training has saved" in error and "grpo.py --fresh" in error
+    run("grpo", tmp_path, "--fresh", "--seed", "1")
+    after = results(tmp_path)
+    assert after["SFT + RL"]["uniform"]["iid"]["weights"]["grpo"] == checkpoint.checksum(policy)
+    assert after["SFT"] == rows["SFT"]
+
+
+def test_damaged_pictures_are_made_again(finished, tmp_path, one_split):
+    copy(finished, tmp_path, "vae", "ddt")
+    picture = tmp_path / "ddt" / "reconstruction.png"
+    whole = picture.read_bytes()
+    flipped = whole[:900] + bytes([whole[900] ^ 1]) + whole[901:]
+    for damaged in (whole[:1000], b"", flipped):
+        picture.write_bytes(damaged)
+        run("ddt", tmp_path)
+        assert picture.read_bytes() == whole
 
 
 # ------------------------------------------------------------------ signals and ranks

@@ -235,7 +235,8 @@ def test_loading_writes_nothing(tmp_path):
     (tmp_path / "ddt.safetensors").write_bytes(b"tokenizer")
     Llama(LlamaConfig(257, 32, 48, 2, 4, 2, 8, n_visual=256)).save(tmp_path / "sft")
     config, source = sft.Config(), tmp_path / "ddt.safetensors"
-    checkpoint.start_stage(tmp_path / "sft", config, ALONE, ddt=source)
+    sums = checkpoint.start_stage(tmp_path / "sft", config, ALONE, ddt=source)
+    checkpoint.write_json(tmp_path / "sft" / "provenance.json", sums)
     before = {path: path.read_bytes() for path in (tmp_path / "sft").iterdir()}
     sft.load(tmp_path / "sft")
     sft.load(tmp_path / "sft", ddt=tmp_path / "ddt.safetensors")

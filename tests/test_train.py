@@ -453,12 +453,66 @@ def test_what_is_not_finite_is_left_out(tmp_path):
             assert run.step(loss) == fine
             unmoved = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
             assert unmoved != fine
-    words = (str(tmp_path), "10 steps up to 27", "--lr", "checkpoint-00000027")
+    words = (str(tmp_path), "10 steps up to 27", "--lr", "checkpoint-00000018")
     assert all(word in str(error.value) for word in words)
     lines = log_of(tmp_path)
     skipped = [0] * 8 + [*range(1, 10)] + [0] + [*range(1, 10)]
     assert [line["skipped"] for line in lines] == skipped
     assert lines[8]["loss"] == "nan"
+
+
+def test_a_step_that_breaks_the_weights_ends_the_run(tmp_path):
+    """
+    Adam with eps 0 divides 0 by 0 where a gradient is 0. Loss and gradient are finite; the weights
+    that come out are not, and no checkpoint of them pushes out the good ones.
+    """
+    model, config = mlp(), Config(eps=0.0, save_every=1)
+    with pytest.raises(UserError) as error, train.Run(tmp_path, model, config, ALONE) as run:
+        for step in run:
+            loss = model(torch.ones(1, 4)).square().sum()
+            loss.backward()
+            if step == 4:
+                for p in model.parameters():
+                    p.grad.zero_()
+                for bucket in run.optimizer.buckets:
+                    for x in bucket.adamw.state[bucket.master].values():
+                        x.zero_()
+            assert run.step(loss)
+    assert step == 4
+    words = (str(tmp_path), "step 4", "weights that are not finite", "--lr", "--eps (now 0.0)",
+             "checkpoint-00000004")
+    assert all(word in str(error.value) for word in words)
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["3", "4"]
+
+
+@pytest.mark.parametrize("bad", [1, 3, 9])
+def test_a_run_whose_last_loss_is_not_finite_has_failed(tmp_path, bad):
+    """Fewer than PATIENCE bad steps at the end; and calling it again makes it no better."""
+    for first in (0, 6 if bad > 1 else 9):
+        model, config = mlp(), Config(steps=10)
+        with pytest.raises(UserError, match="the loss of the last step is not finite") as error:
+            with train.Run(tmp_path, model, config, ALONE) as run:
+                assert run.first == (first if bad < 9 else 0)
+                for step in run:
+                    x = math.nan if step >= 10 - bad else 1.0
+                    loss = model(torch.full((1, 4), x)).sum()
+                    loss.backward()
+                    run.step(loss)
+    assert "--fresh" in str(error.value)
+    assert max([0, *(int(path.name[-8:]) for path in checkpoints(tmp_path))]) <= 10 - bad
+
+
+def test_one_bad_gradient_at_the_end_is_not_the_end(tmp_path):
+    """The loss is finite: the weights are those of the step before."""
+    model = mlp()
+    with train.Run(tmp_path, model, Config(), ALONE) as run:
+        for step in run:
+            loss = model(torch.ones(1, 4)).sum()
+            loss.backward()
+            if step == 9:
+                model[0].weight.grad[0, 0] = math.inf
+            assert run.step(loss) == (step < 9)
+    assert [line["skipped"] for line in log_of(tmp_path)] == [0] * 9 + [1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -500,17 +554,39 @@ def test_log_has_every_step_once(tmp_path):
     assert [line["value"] for line in lines] == pytest.approx(thirds, rel=1e-5)
     assert all(set(line) == {"step", "value", "run", "name", "step_time"} for line in lines)
     assert all(line["step_time"] >= 0 for line in lines)
-    with train.Run(tmp_path, mlp(), Config(steps=9, fresh=True), ALONE):    # starts a new log
-        pass
-    assert (tmp_path / "log.jsonl").read_text() == ""
+    with train.Run(tmp_path, mlp(), Config(steps=9, fresh=True), ALONE) as run:
+        for step in run:                                    # the first step starts a new log
+            assert len(log_of(tmp_path)) == 9 - 8 * step
+            if step == 1:
+                break
 
 
 def test_a_new_run_does_not_read_the_old_log(tmp_path):
     """Whatever is in it: a damaged log must not stop --fresh."""
     (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe\x00 no text")
-    with train.Run(tmp_path, mlp(), Config(steps=9, fresh=True), ALONE):
-        pass
-    assert (tmp_path / "log.jsonl").read_text() == ""
+    with train.Run(tmp_path, mlp(), Config(steps=2, fresh=True), ALONE) as run:
+        for step in run:
+            pass
+    assert [line["step"] for line in log_of(tmp_path)] == [0, 1]
+
+
+def test_a_damaged_log_does_not_stop_a_run(tmp_path, capsys):
+    """It starts again with the step that the run goes on with."""
+    fit(tmp_path, Config(), stop=8)
+    (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe\x00 no text")
+    assert fit(tmp_path, Config())[1] == 6
+    assert [line["step"] for line in log_of(tmp_path)] == [6, 7, 8, 9]
+    assert "log.jsonl is damaged" in capsys.readouterr().out
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_a_run(tmp_path, capsys):
+    with train.Run(tmp_path, mlp(), Config(), ALONE) as run:
+        for step in run:
+            if step == 3:
+                run.file = open("/dev/full", "a")
+            run.log(value=1.0)
+    error = capsys.readouterr().err
+    assert step == 9 and "could not write /dev/full (No space left on device)" in error
 
 
 def test_log_is_written_step_by_step(tmp_path):
