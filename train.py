@@ -224,14 +224,17 @@ class World:
         if self.is_main:
             print(text, flush=True)
 
+    def check_batch(self, n: int) -> None:
+        check(n >= self.size, f"a batch of {n} cannot be sharded over {self.size} ranks: use fewer "
+              "ranks or a larger batch")
+
     def shard(self, x):
         """
         This rank's shard of a global batch; shards differ in size by one at most. UserError if one
         would be empty.
         """
         n = len(x)
-        check(n >= self.size, f"a batch of {n} cannot be sharded over {self.size} ranks: use fewer "
-              "ranks or a larger batch")
+        self.check_batch(n)
         first, end = n * self.rank // self.size, n * (self.rank + 1) // self.size
         return x[first:end]
 
@@ -240,8 +243,7 @@ class World:
         Micro-batches per step, as many on every rank: those of the largest shard. A micro-batch has
         at most `micro_batch` rows (0: no limit), an element of the batch has `rows`.
         """
-        check(batch >= self.size, f"a batch of {batch} cannot be sharded over {self.size} ranks: use "
-              "fewer ranks or a larger batch")
+        self.check_batch(batch)
         if not micro_batch:
             return 1
         largest_shard = ceil_div(batch, self.size)
