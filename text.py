@@ -208,10 +208,11 @@ class BPE:
     def characters(self, word: str) -> list[str]:
         tokens, unknown = [], self.model.get("unk_token")
         for c in word:
-            code = [f"<0x{b:02X}>" for b in c.encode()]
             if c in self.vocab:
                 tokens.append(c)
-            elif self.model.get("byte_fallback") and self.vocab.keys() >= {*code}:
+                continue
+            code = [f"<0x{b:02X}>" for b in c.encode()]
+            if self.model.get("byte_fallback") and self.vocab.keys() >= {*code}:
                 tokens += code
             elif unknown is None:
                 raise ValueError(f"{c!r} has no token in this vocabulary")
@@ -311,7 +312,7 @@ def normalize(text: str, part: dict | None) -> str:
         case {"type": "NFC", **other} if not other:
             return unicodedata.normalize("NFC", text)
         case {"type": "Prepend", "prepend": prefix, **other} if not other:
-            return prefix + text if text else ""
+            return prefix + text
         case {"type": "Replace", "pattern": {"String": old}, "content": new, **other} if not other:
             return text.replace(old, new)
     refuse("normalizer", part)

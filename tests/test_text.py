@@ -1,9 +1,12 @@
 """
-Text: the tokenizers against tiktoken and sentencepiece, continuations, and the command.
+Text: the tokenizers against tiktoken, sentencepiece, tokenizers and transformers, continuations,
+and the command.
 
     pytest tests/test_text.py
 
-The vocabularies are small ones, learnt here from a made-up corpus.
+The vocabularies are small ones, learnt here from a made-up corpus, or by tokenizers 0.23.3 for
+fixtures/tokenizers, where answers.json holds [text, ids, decoded ids] for each tokenizer.json.
+llama2.model.json and qwen2.vocab.json: transformers 5.24's ids for each tokenizer_config.json.
 """
 import base64
 import io
