@@ -251,6 +251,10 @@ class VAE(nn.Module):
         """Pixels per side of a latent cell."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
+    @property
+    def shift_and_scale(self) -> tuple[float, float]:
+        return self.config["shift_factor"] or 0, self.config["scaling_factor"]
+
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> the posterior's mean, log variance (B, C, h, w)."""
         h = self.encoder(images)
@@ -273,13 +277,13 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), shifted and scaled."""
-        shift, scale = self.config["shift_factor"] or 0, self.config["scaling_factor"]
+        shift, scale = self.shift_and_scale
         mean, _ = self.moments(images)
         return (mean - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """The inverse: latents (B, C, h, w) -> images (B, 3, H, W) in about [-1, 1]."""
-        shift, scale = self.config["shift_factor"] or 0, self.config["scaling_factor"]
+        shift, scale = self.shift_and_scale
         return self.reconstruct(latents / scale + shift)
 
     def save(self, folder) -> None:
@@ -299,10 +303,15 @@ class VAE(nn.Module):
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # names of the attention's tensors in files from before 2023 -> those of today
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# fields of config.json that have one supported value; a missing one is taken to have it
-SUPPORTED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
-             "down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D",
-             "mid_block_add_attention": True}
+# fields of config.json, with the values that are followed here; a missing one has the first
+SUPPORTED = {"_class_name": ["AutoencoderKL"], "act_fn": ["silu", "swish"],     # two names of one
+             "in_channels": [3], "out_channels": [3], "mid_block_add_attention": [True],
+             "use_quant_conv": [True, False], "use_post_quant_conv": [True, False],
+             "latents_mean": [None], "latents_std": [None]}
+LEVELS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+NUMBERS = {"block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups",
+           "scaling_factor", "shift_factor"}
+NEUTRAL = {"sample_size", "force_upcast"}   # of tiles and of half precision, not used here
 
 
 def weights_of(out: str) -> Path:
@@ -310,19 +319,48 @@ def weights_of(out: str) -> Path:
     return Path(out, "vae", WEIGHTS)
 
 
+def weights_in(folder: Path) -> str:
+    """The name of the weights: another precision's (.fp16.safetensors) where it is the only one."""
+    found = sorted(path.name for path in folder.glob("diffusion_pytorch_model*"))
+    names = [name for name in found if name.endswith(".safetensors") and "-of-" not in name]
+    if WEIGHTS in names or not found:
+        return WEIGHTS
+    variant = ', variant="fp16"' if ".fp16." in found[0] else ""
+    check(names, f"{folder} holds {found[0]}, but only {WEIGHTS} can be read. Make it with "
+          f"diffusers: AutoencoderKL.from_pretrained(DIR{variant}).save_pretrained(DIR)")
+    check(len(names) == 1, f"{folder} holds {' and '.join(names)}: copy the one to use to "
+          f"{WEIGHTS}")
+    return names[0]
+
+
 def load_vae(folder) -> VAE:
-    config, tensors = load_folder(folder, WEIGHTS)
+    folder = Path(folder)
+    if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
+        folder = folder / "vae"             # a whole pipeline, or a run folder
+    weights = weights_in(folder)
+    config, tensors = load_folder(folder, weights)
     path = f"{folder}/config.json"
-    for key, supported in SUPPORTED.items():
-        value = config.get(key, supported)
-        values = value if isinstance(value, list) and value else [value]    # one per level
-        check(all(v == supported for v in values), f"{path}: {key} is {value}; only an "
-              f"AutoencoderKL with {supported} can be read")
+    for key, value in config.items():
+        known = key in LEVELS or key in NUMBERS or key in NEUTRAL or key[0:1] == "_"
+        check(known or key in SUPPORTED, f"{path}: {key} = {value!r} is not a known field of an "
+              "AutoencoderKL: remove it if it changes no number")
+        values = SUPPORTED.get(key, [value])
+        check(any(value is v or value == v for v in values), f"{path}: {key} is {value!r}; only "
+              f"an AutoencoderKL with {' or '.join(map(str, values))} can be read")
+    channels = config.setdefault("block_out_channels", [64])            # diffusers' defaults
+    config.setdefault("latent_channels", 4)
+    for key, supported in LEVELS.items():
+        value = config.get(key, [supported] * len(channels) if isinstance(channels, list) else [])
+        check(isinstance(channels, list) and value == [supported] * len(channels), f"{path}: {key} "
+              f"is {value} and block_out_channels {channels}; each level must be a {supported}")
     scale = config.setdefault("scaling_factor", 0.18215)    # SD1's, which its first files leave out
     shift = config.get("shift_factor") or 0
     numbers = isinstance(scale, (int, float)) and isinstance(shift, (int, float))
     check(numbers and 0 < scale < math.inf and math.isfinite(shift), f"{path}: scaling_factor "
           f"{scale!r} and shift_factor {shift!r} must be numbers, the first of them above 0")
+    for name, x in tensors.items():
+        check(x.is_floating_point(), f"{folder} holds {name} as {x.dtype}: quantized weights "
+              "cannot be read")
     try:
         vae = VAE(**config)
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -330,7 +368,7 @@ def load_vae(folder) -> VAE:
     for old, new in OLD_NAMES.items():
         tensors = {name.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): x
                    for name, x in tensors.items()}
-    checkpoint.load_state(vae, tensors, Path(folder))
+    checkpoint.load_state(vae, tensors, folder / f"{weights} (described by config.json)")
     return vae.eval().requires_grad_(False)
 
 
@@ -516,8 +554,10 @@ def adopt(folder: Path, source: str, world: train.World) -> VAE:
     vae = VAE.load(source)
     exists = (folder / WEIGHTS).exists()
     if exists:
-        ours, theirs = VAE.load(folder).state_dict(), vae.state_dict()
-        same = [*ours] == [*theirs] and all(torch.equal(ours[k], x) for k, x in theirs.items())
+        own = VAE.load(folder)
+        ours, theirs = own.state_dict(), vae.state_dict()
+        same = [*ours] == [*theirs] and all(torch.equal(ours[k], x) for k, x in theirs.items()) \
+            and own.shift_and_scale == vae.shift_and_scale
         check(same, f"{folder} holds another VAE than --vae {source}: choose another --out, or "
               "delete that folder")
     world.barrier()                     # every rank has looked before rank 0 writes

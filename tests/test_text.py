@@ -1,9 +1,12 @@
 """
-Text: the tokenizers against tiktoken and sentencepiece, continuations, and the command.
+Text: the tokenizers against tiktoken, sentencepiece, tokenizers and transformers, continuations,
+and the command.
 
     pytest tests/test_text.py
 
-The vocabularies are small ones, learnt here from a made-up corpus.
+The vocabularies are small ones, learnt here from a made-up corpus, or by tokenizers 0.23.3 for
+fixtures/tokenizers, where answers.json holds [text, ids, decoded ids] for each tokenizer.json.
+llama2.model.json and qwen2.vocab.json: transformers 5.24's ids for each tokenizer_config.json.
 """
 import base64
 import io
@@ -115,12 +118,20 @@ def qwen_files(folder: Path) -> None:
 
 
 def tokenizer_json(folder: Path) -> None:
-    split = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
+    split = {"type": "Split", "pattern": {"Regex": text.LLAMA3_WORDS}, "behavior": "Isolated",
+             "invert": False}
+    spell = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": False}
     special = [f"<|{name}|>" for name in text.LLAMA3_SPECIAL]
+    begin = {"id": special[0], "ids": [len(RANKS)], "tokens": [special[0]]}
     raw = {"model": {"type": "BPE", "vocab": {spelled(t): i for t, i in RANKS.items()},
                      "merges": [[spelled(a), spelled(b)] for a, b in MERGES]},
-           "normalizer": None,
-           "pre_tokenizer": {"pretokenizers": [{"type": "Split", "pattern": {"Regex": split}}]},
+           "normalizer": None, "decoder": {"type": "ByteLevel"},
+           "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, spell]},
+           "post_processor": {"type": "TemplateProcessing", "pair": [],
+                              "single": [{"SpecialToken": {"id": special[0], "type_id": 0}},
+                                         {"Sequence": {"id": "A", "type_id": 0}}],
+                              "special_tokens": {special[0]: begin}},
            "added_tokens": [{"id": len(RANKS) + i, "content": name}
                             for i, name in enumerate(special)]}
     (folder / "tokenizer.json").write_text(json.dumps(raw))
@@ -166,17 +177,8 @@ def test_llama3_text(tmp_path, files, extended):
         ours.decode([first + 256])
 
 
-@pytest.mark.parametrize("spelling", ["vocab.json", "tokenizer.json"])
-def test_qwen_text(tmp_path, spelling):
+def test_qwen_text(tmp_path):
     qwen_files(tmp_path)
-    if spelling == "tokenizer.json":
-        raw = {"model": {"type": "BPE", "vocab": json.loads((tmp_path / "vocab.json").read_text()),
-                         "merges": (tmp_path / "merges.txt").read_text().splitlines()[1:]},
-               "normalizer": {"type": "NFC"},
-               "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\p{N}"}},
-               "added_tokens": [{"id": len(RANKS), "content": "<|endoftext|>"}]}
-        (tmp_path / "vocab.json").unlink()
-        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     first = len(RANKS) + 40                     # the model's vocabulary is padded, as Qwen's is
     config_file(tmp_path, first, len(RANKS))
     ours = Tokenizer.load(tmp_path)
@@ -239,9 +241,8 @@ def llama3_model(folder: Path) -> None:
     (qwen_files, edit("vocab.json", lambda b: b[:500]), "vocab.json"),
     (qwen_files, edit("vocab.json", lambda b: b"[]"), "vocab.json"),
     (qwen_files, edit("merges.txt", lambda b: b[:len(b) // 2]), "merges"),
-    (qwen_files, edit("merges.txt", lambda b: b"\n".join(b.split(b"\n")[::-1])), "merges"),
     (qwen_files, lambda f: (f / "merges.txt").unlink(), "merges.txt"),
-    (tokenizer_json, replace("tokenizer.json", b"p{N}", b"d"), "tokenizer.json"),
+    (tokenizer_json, replace("tokenizer.json", b"p{N}", b"d"), "pre_tokenizer"),
     (tokenizer_json, replace("tokenizer.json", b'"model": {', b'"model": null, "other": {'),
      "tokenizer.json"),
     (tokenizer_json, replace("tokenizer.json", b'"BPE"', b'"Unigram"'), "tokenizer.json"),
@@ -272,6 +273,150 @@ def test_tokenizer_files_travel_with_the_model(tmp_path):
     assert tokenizer.first_code == 320 and tokenizer.encode("<|code_1|>") == [1, 321]
 
 
+# ------------------------------------------------------------------ tokenizers' own ids
+
+ANSWERS = json.loads((FIXTURES / "tokenizers" / "answers.json").read_text(encoding="utf-8"))
+
+
+def fixture(folder: Path, name: str, change=lambda raw: None) -> Tokenizer:
+    """A tokenizer.json of the fixtures, loaded after a change."""
+    raw = json.loads((FIXTURES / "tokenizers" / f"{name}.json").read_text(encoding="utf-8"))
+    change(raw)
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_tokenizer_json_is_that_of_tokenizers(name, tmp_path):
+    """Ids and text as tokenizers 0.23.3 gives them, added tokens and begin-of-text included."""
+    tokenizer = fixture(tmp_path, name)
+    for sample, ids, decoded in ANSWERS[name]:
+        assert tokenizer.encode(sample) == ids, sample
+        assert tokenizer.decode(ids) == decoded, sample
+
+
+def configured(folder: Path, settings: dict, added: dict | None) -> Tokenizer:
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if added is not None:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    return Tokenizer.load(folder)
+
+
+def answers(name: str) -> dict:
+    path = FIXTURES / "tokenizers" / name
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", answers("llama2.model.json"))
+def test_llama2_model_is_that_of_transformers(case, tmp_path):
+    """Ids of transformers 5.24: added and special tokens in the text, tokenizer_config.json."""
+    shutil.copy(FIXTURES / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
+    settings, added, texts = answers("llama2.model.json")[case]
+    tokenizer = configured(tmp_path, settings, added)
+    for sample, ids in texts:
+        assert tokenizer.encode(sample, bos=bool(settings)) == ids, sample
+    assert tokenizer.decode([300, 2]) == "<|im_start|></s>"
+
+
+@pytest.mark.parametrize("case", answers("qwen2.vocab.json"))
+def test_qwen2_vocab_is_that_of_transformers(case, tmp_path):
+    raw = json.loads((FIXTURES / "tokenizers" / "qwen2.json").read_text(encoding="utf-8"))
+    settings, added, texts = answers("qwen2.vocab.json")[case]
+    words = {token["content"] for token in raw["added_tokens"] if len(token["content"]) > 1}
+    vocab = {token: i for token, i in raw["model"]["vocab"].items() if token not in words}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    merges = "\n".join(map(" ".join, raw["model"]["merges"]))
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    tokenizer = configured(tmp_path, settings, added)
+    for sample, ids in texts:
+        assert tokenizer.encode(sample) == ids, sample
+
+
+def put(value, *place):
+    """A change: raw[place[0]][place[1]]... = value."""
+    def change(raw: dict) -> None:
+        for key in place[:-1]:
+            raw = raw[key]
+        raw[place[-1]] = value
+    return change
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+WORDS = ("pre_tokenizer", "pretokenizers")
+UNFOLLOWED = {                              # fixture, change, what the message names
+    "normalizer": ("qwen2", put({"type": "Lowercase"}, "normalizer"), "Lowercase"),
+    "field": ("qwen2", put({"type": "NFC", "form": 2}, "normalizer"), "form"),
+    "regex": ("llama2-prepend", put({"Regex": " "}, "normalizer", "normalizers", 1, "pattern"),
+              "Regex"),
+    "digits": ("qwen2", put(DIGITS, *WORDS, 0), "Digits"),
+    "pattern": ("qwen2", put({"Regex": r"\p{N}{1,3}|\p{L}+"}, *WORDS, 0, "pattern"), "pattern"),
+    "behavior": ("qwen2", put("Removed", *WORDS, 0, "behavior"), "Removed"),
+    "invert": ("qwen2", put(True, *WORDS, 0, "invert"), "invert"),
+    "use_regex": ("qwen2", put(True, *WORDS, 1, "use_regex"), "use_regex"),
+    "scheme": ("llama2-metaspace", put("last", "pre_tokenizer", "prepend_scheme"), "scheme"),
+    "decoder": ("qwen2", put({"type": "WordPiece"}, "decoder"), "WordPiece"),
+    "dropout": ("qwen2", put(0.1, "model", "dropout"), "dropout"),
+    "prefix": ("qwen2", put("##", "model", "continuing_subword_prefix"), "subword_prefix"),
+    "suffix": ("qwen2", put("</w>", "model", "end_of_word_suffix"), "end_of_word_suffix"),
+    "model": ("qwen2", put("Unigram", "model", "type"), "Unigram"),
+    "model field": ("qwen2", put(1, "model", "temperature"), "temperature"),
+    "added token": ("qwen2", put(True, "added_tokens", 0, "fuzzy"), "fuzzy"),
+    "id": ("qwen2", put(7, "added_tokens", 0, "id"), "two ids"),
+    "truncation": ("qwen2", put({"max_length": 5}, "truncation"), "truncation"),
+    "padding": ("qwen2", put({"strategy": {"Fixed": 8}}, "padding"), "padding"),
+    "end of text": ("llama2-prepend", lambda raw: raw["post_processor"]["single"].append(
+        {"SpecialToken": {"id": "<s>", "type_id": 0}}), "post_processor"),
+    "post_processor": ("qwen2", put({"type": "BertProcessing"}, "post_processor"), "Bert"),
+    "other": ("qwen2", put({}, "spelling"), "spelling"),
+    "merges": ("qwen2", lambda raw: raw["model"]["merges"].append(["q", "zq"]), "q \\+ zq")}
+
+
+@pytest.mark.parametrize("name, change, culprit", UNFOLLOWED.values(), ids=UNFOLLOWED)
+def test_what_is_not_followed_is_refused(name, change, culprit, tmp_path):
+    with pytest.raises(ValueError, match=f"tokenizer.json.*{culprit}"):
+        fixture(tmp_path, name, change)
+
+
+def test_merges_go_before_ids(tmp_path):
+    """ignore_merges takes a word that is a token as it is; otherwise only merges make tokens."""
+    split, vocab = [["a", "b"], ["ab", "c"]], {"abc": 999, "ab": 998, "bc": 997, "abbc": 996}
+
+    def change(raw):
+        raw["model"]["merges"] = split
+        raw["model"]["vocab"] = {t: i for t, i in raw["model"]["vocab"].items() if len(t) == 1}
+        raw["model"]["vocab"] |= vocab
+        raw["added_tokens"], raw["post_processor"] = [], None
+    a, b, c = (fixture(tmp_path, "llama3", change).backend.vocab[x] for x in "abc")
+    for ignore, ids in ((True, [996]), (False, [998, b, c])):
+        tokenizer = fixture(tmp_path, "llama3", lambda raw: (
+            change(raw), raw["model"].update(ignore_merges=ignore)))
+        assert tokenizer.encode("abbc") == ids and tokenizer.encode("abcabc") == [999, 999]
+        assert tokenizer.encode("cbc") == [c, b, c]
+
+
+@pytest.mark.parametrize("settings, culprit", [
+    ({"add_eos_token": True}, "add_eos_token"), ({"split_special_tokens": True}, "split_special"),
+    ({"sp_model_kwargs": {"alpha": 0.1}}, "sp_model_kwargs"),
+    ({"add_bos_token": True, "bos_token": "<begin>"}, "<begin>"),
+    ({"added_tokens_decoder": {"999": {"content": "</s>"}}}, "two ids"),
+    ({"added_tokens_decoder": {"5": {"content": "<x>"}}}, "id 5"),
+    ({"added_tokens_decoder": {"x": {"content": "<x>"}}}, "added tokens"),
+    ({"added_tokens_decoder": {"300": {"content": "<x>", "glued": True}}}, "glued")])
+def test_settings_that_are_not_followed(settings, culprit, tmp_path):
+    shutil.copy(FIXTURES / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{culprit}"):
+        configured(tmp_path, settings, None)
+
+
+def test_the_post_processor_decides_and_not_tokenizer_config(tmp_path):
+    """As in transformers 5, which drops add_bos_token where there is a tokenizer.json."""
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": True, "bos_token": "<s>"}))
+    assert fixture(tmp_path, "qwen2").bos is None
+    assert fixture(tmp_path, "llama3").bos == 328 == fixture(tmp_path, "llama3").encode("<s>")[0]
+    assert fixture(tmp_path, "llama3", put(None, "post_processor")).bos is None
+
+
 def test_every_way_to_split_a_token_may_be_listed(tmp_path):
     """As in Llama 3's tokenizer.json: all pairs that make a token, in the order of the tokens."""
     tokenizer_json(tmp_path)
@@ -279,7 +424,7 @@ def test_every_way_to_split_a_token_may_be_listed(tmp_path):
     single = {spelled(bytes([b])): b for b in range(256)}
     raw["model"]["vocab"] = single | {"ab": 256, "bc": 257, "abc": 258}
     raw["model"]["merges"] = ["a b", "b c", "a bc", "ab c"]
-    raw["added_tokens"] = []
+    raw["added_tokens"], raw["post_processor"] = [], None
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.encode("abcbcab") == [258, 257, 256] and tokenizer.size == 259
@@ -331,6 +476,21 @@ def test_command_line(folder):
     assert "the ball hits" in done.stdout.splitlines()[-1]
 
 
+def test_terminals_and_locales_that_are_not_utf8(tmp_path):
+    """What cannot be printed becomes "?"; files are UTF-8 everywhere."""
+    raw = json.loads((FIXTURES / "tokenizers" / "llama2-prepend.json").read_text(encoding="utf-8"))
+    Llama(LlamaConfig(400, 32, 48, 2, 4, 2, 8)).save(tmp_path)
+    content = json.dumps(raw, ensure_ascii=False)
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    arguments = ["--llm", str(tmp_path), "--prompt", "caf\u00e9 the", "--tokens", "1"]
+    script = f"import text; text.main({ascii(arguments)} + ['--device', 'cpu'])"
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env=os.environ | environment, cwd=Path(text.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert "caf? the" in done.stdout
+
+
 def refusal(capsys, *args) -> str:
     """The one line of error with which the command refuses."""
     with pytest.raises(SystemExit) as stop:
@@ -343,6 +503,9 @@ def refusal(capsys, *args) -> str:
 @pytest.mark.parametrize("args, culprit", [
     (("--tokens", 0), "0 new ones"),
     (("--tokens", 500), "context is 256"),
+    (("--top_k", 0), "--top_k 0"), (("--top_k", -1), "--top_k -1"),
+    (("--top_p", 0), "--top_p 0"), (("--top_p", 2), "--top_p 2"), (("--top_p", "nan"), "nan"),
+    (("--prompt", "<|code_3|>"), "id 323"),
     (("--device", "abacus"), "abacus"),
     (("--prompt", "ball " * 300), "context is 256")])
 def test_command_line_with_bad_values(folder, capsys, args, culprit):

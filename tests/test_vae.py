@@ -17,6 +17,7 @@ from torch import nn
 
 import evaluate
 import sim
+import train
 import vae as stage
 from checkpoint import UserError
 from vae import KL_WEIGHT, PRESETS, VAE, WEIGHTS, Config, Frames
@@ -172,6 +173,51 @@ def test_the_first_files_of_sd1_name_no_scale(tmp_path):
         VAE.load(tmp_path)
 
 
+@torch.no_grad()
+def test_fields_that_change_no_number(tmp_path):
+    """Names that diffusers gives the same function, tiles, half precision, notes."""
+    fields = {"act_fn": "swish", "sample_size": [64, 64], "force_upcast": False,
+              "latents_mean": None, "latents_std": None, "_name_or_path": "x"}
+    vae = VAE.load(copy_fixture("vae-sd3", tmp_path, **fields))
+    expected = load_file(FIXTURES / "vae-sd3" / "expected.safetensors")
+    mean = vae.moments(expected["image"])[0]
+    torch.testing.assert_close(mean, expected["latent"], atol=1e-4, rtol=0)
+    vae.save(tmp_path / "copy")
+    assert VAE.load(tmp_path / "copy").config == vae.config
+
+
+def test_other_names_of_the_weights(tmp_path):
+    """The only variant is read; of several, and of .bin, the message says what to do."""
+    (tmp_path / "vae").mkdir()
+    path = copy_fixture("vae-sd3", tmp_path / "vae") / WEIGHTS
+    bias = VAE.load(tmp_path / "vae").encoder.conv_in.bias
+    fp16 = path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    for folder in (tmp_path / "vae", tmp_path):             # the second as a whole pipeline
+        assert torch.equal(VAE.load(folder).encoder.conv_in.bias, bias)
+    ema = path.with_name("diffusion_pytorch_model.ema.safetensors")
+    ema.write_bytes(fp16.read_bytes())
+    with pytest.raises(UserError, match=f"ema.* and .*fp16.*: copy the one to use to {WEIGHTS}"):
+        VAE.load(tmp_path)
+    path.write_bytes(fp16.read_bytes())
+    assert torch.equal(VAE.load(tmp_path).encoder.conv_in.bias, bias)
+    for file in (ema, path):
+        file.unlink()
+    fp16.rename(fp16.with_suffix(".bin"))
+    with pytest.raises(UserError, match='fp16.bin.*from_pretrained.*variant="fp16".*save') as error:
+        VAE.load(tmp_path)
+    assert "--fresh" not in str(error.value)
+
+
+def test_the_same_weights_with_another_scale_are_another_vae(tmp_path):
+    folders = [tmp_path / name for name in ("a", "b", "run")]
+    for folder, scale in zip(folders, (1.0, 2.0, 1.0)):
+        small_vae(scaling_factor=scale).save(folder)
+    world = train.World(0, 1, torch.device("cpu"))
+    assert stage.adopt(folders[2], folders[0], world).config["scaling_factor"] == 1
+    with pytest.raises(UserError, match="holds another VAE"):
+        stage.adopt(folders[2], folders[1], world)
+
+
 def without(name):
     return lambda tensors: {k: x for k, x in tensors.items() if k != name}
 
@@ -200,6 +246,13 @@ MISFITS = {                                 # change of the tensors, fields of t
     "channels": (dict, {"block_out_channels": 8}, "config.json"),
     "no channels": (dict, {"block_out_channels": []}, "config.json"),
     "negative channels": (dict, {"latent_channels": -1}, "config.json"),
+    "too few blocks": (dict, {"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types"),
+    "latents' mean": (dict, {"latents_mean": [0.1] * 4}, "latents_mean"),
+    "latents' deviation": (dict, {"latents_std": [2.0] * 4}, "latents_std"),
+    "quant_conv": (dict, {"use_post_quant_conv": "no"}, "use_post_quant_conv"),
+    "colours": (dict, {"in_channels": 1}, "in_channels"),
+    "unknown field": (dict, {"patch_size": 2}, "patch_size"),
+    "quantized": (changed(BIAS, lambda x: x.to(torch.int8)), {}, "int8"),
     "groups": (dict, {"norm_num_groups": 3}, "config.json"),
     "no groups": (dict, {"norm_num_groups": 0}, "config.json"),
     "scale is text": (dict, {"scaling_factor": "big"}, "scaling_factor"),
