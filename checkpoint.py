@@ -169,6 +169,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({error}). {remedy}")
     for name, x in tensors.items():
+        quantized = x.is_floating_point() and x.element_size() == 1         # float8
+        check(not quantized, f"{path} holds {name} as {x.dtype}: quantized weights cannot be read")
         check(is_finite(x), f"{path} holds NaN or infinity in {name}. {remedy}")
     return tensors
 

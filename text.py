@@ -15,15 +15,16 @@ Expect a sensible sentence: wrongly loaded weights give word salad.
 """
 import argparse
 import base64
+import functools
 import itertools
 import json
 import math
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-import regex
 import sentencepiece
 import torch
 
@@ -127,11 +128,11 @@ def cut_out(tokens: dict[str, dict], text: str) -> Iterator[tuple[int, str, int 
     """Cuts a text at added tokens: (place, content, id) of these, (place, part, None) of others."""
     end = 0
     longest_first = sorted(tokens, key=len, reverse=True)
-    pattern = "|".join(map(regex.escape, longest_first)) or "(?!)"      # (?!): matches nothing
-    for match in regex.finditer(pattern, text):
+    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"      # (?!): matches nothing
+    for match in re.finditer(pattern, text):
         token, (start, stop) = tokens[match[0]], match.span()
         beside = text[:start][-1:] + text[stop:][:1]
-        if token["single_word"] and regex.search(r"\w", beside):
+        if token["single_word"] and re.search(r"\w", beside):
             continue
         if token["lstrip"]:                                     # takes the spaces before it along
             start = max(end, len(text[:start].rstrip()))
@@ -284,8 +285,30 @@ _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_WORDS = _WORDS.replace("DIGITS", "{1,3}")
 QWEN2_WORDS = _WORDS.replace("DIGITS", "")
-BYTE = regex.compile("<0x[0-9A-F]{2}>")         # a byte as a token of byte_fallback
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"     # Unicode's \s
+BYTE = re.compile("<0x[0-9A-F]{2}>")         # a byte as a token of byte_fallback
 ANY, FLAG = None, [False, True]
+
+
+@functools.cache
+def category(kind: str) -> str:
+    """All characters of a Unicode category, L (letters) or N (numbers), as ranges for a regex."""
+    every = range(sys.maxunicode + 1)
+    runs = itertools.groupby(every, lambda i: unicodedata.category(chr(i))[0] == kind)
+    ranges = [[*run] for belongs, run in runs if belongs]
+    return "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in ranges)
+
+
+@functools.cache
+def translated(words: str) -> str:
+    """LLAMA3_WORDS or QWEN2_WORDS for Python's re, which knows no \\p{L} and another \\s."""
+    L, N = category("L"), category("N")
+    for theirs, ours in ((r"[^\s\p{L}\p{N}]", f"[^{WHITE}{L}{N}]"),
+                         (r"[^\r\n\p{L}\p{N}]", f"[^\r\n{L}{N}]"),
+                         (r"\p{L}", f"[{L}]"), (r"\p{N}", f"[{N}]"),
+                         (r"\s", f"[{WHITE}]"), (r"\S", f"[^{WHITE}]")):
+        words = words.replace(theirs, ours)
+    return words
 
 
 def check_fields(what: str, part: dict, **allowed) -> None:
@@ -330,7 +353,7 @@ def split(text: str, part: dict | None, first: bool) -> list[str]:
                          for word in split(longer, step, first and i == 0)]
         case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
               "invert": False, **other} if not other and pattern in (LLAMA3_WORDS, QWEN2_WORDS):
-            words = regex.findall(pattern, text)
+            words = re.findall(translated(pattern), text)
         case {"type": "ByteLevel", "add_prefix_space": space, "use_regex": False,
               "trim_offsets": _, **other} if not other:
             text = f" {text}" if space and text and text[0] != " " else text
@@ -340,7 +363,7 @@ def split(text: str, part: dict | None, first: bool) -> list[str]:
             text = text.replace(" ", mark)
             if text and text[0] != mark and (scheme == "always" or scheme == "first" and first):
                 text = mark + text
-            words = regex.split(f"(?={regex.escape(mark)})", text) if cut else [text]
+            words = re.split(f"(?={re.escape(mark)})", text) if cut else [text]
         case _:
             refuse("pre_tokenizer", part)
     return [word for word in words if word]
@@ -373,7 +396,7 @@ def join(tokens: list[str], part: dict | None) -> list[str]:
         case {"type": "Replace", "pattern": {"String": old}, "content": new, **other} if not other:
             return [token.replace(old, new) for token in tokens]
         case {"type": "Strip", "content": c, "start": start, "stop": 0, **other} if not other:
-            return [regex.sub(f"^{regex.escape(c)}{{0,{start}}}", "", token) for token in tokens]
+            return [re.sub(f"^{re.escape(c)}{{0,{start}}}", "", token) for token in tokens]
     refuse("decoder", part)
 
 
@@ -446,7 +469,7 @@ def qwen2(path: Path, settings: dict, listed: list[dict], vocab_size: int | None
 
 def llama2_or_3(path: Path, settings: dict, listed: list[dict], vocab_size: int | None) -> tuple:
     """tokenizer.model: a base64 token and its rank per line (Llama 3), or a sentencepiece model."""
-    if not regex.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", path.read_bytes()):
+    if not re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", path.read_bytes()):
         legacy = settings.get("legacy", "tokenizer_class" not in settings)  # as transformers 5
         scheme = "always" if legacy else "first"
         backend = SentencePiece(path, "never" if settings.get("add_prefix_space") is False

@@ -324,7 +324,8 @@ def cut_llama(width: int, layers: int, words: int) -> lm.LlamaConfig:
     c = lm.CONFIGS["llama-3.1-8b"]
     heads = c.num_attention_heads * width // 4096
     return dataclasses.replace(
-        c, vocab_size=words + 256, hidden_size=width, bos_token_id=0, n_visual=256,
+        c, vocab_size=words + 256, hidden_size=width, bos_token_id=0,
+        eos_token_id=None, n_visual=256,
         intermediate_size=c.intermediate_size * width // 4096, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads // 4)
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as nnf
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoint
@@ -782,10 +783,16 @@ def test_a_damaged_tokenizer_is_named(tokenizer, tmp_path, damage, culprit):
 
 
 def test_weights_that_are_not_finite(tokenizer, tmp_path):
-    tokenizer.decoder.token_position.data[0, 0] = math.nan
+    """They are not written, and not read if something else wrote them."""
     tokenizer.save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["decoder.token_position"][0, 0] = math.nan
+    save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="decoder.token_position"):
         DDT.load(tmp_path)
+    tokenizer.decoder.token_position.data[0, 0] = math.nan
+    with pytest.raises(UserError, match="decoder.token_position"):
+        tokenizer.save(tmp_path)
 
 
 # ------------------------------------------------------------------ the command

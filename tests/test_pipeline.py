@@ -344,6 +344,7 @@ def test_fresh_that_cannot_train_deletes_nothing(finished, tmp_path, capsys):
     copy(finished, tmp_path, "vae", "ddt", "sft", "grpo")
     shutil.copy(finished / "results.json", tmp_path)
     llm = shutil.copytree(ROOT / "tests" / "fixtures" / "llama31", tmp_path / "llm")
+    (llm / "generation_config.json").unlink()               # it names a bos_token_id, too
     config = json.loads((llm / "config.json").read_text())
     config |= {"bos_token_id": None, "max_position_embeddings": 129}
     (llm / "config.json").write_text(json.dumps(config))

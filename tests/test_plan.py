@@ -67,7 +67,8 @@ def test_plan_of_8b_by_hand():
     names = [*TRAINING, "reference"]
     assert [rl.fixed[name] for name in names] == pytest.approx([*held, 2 * N])
     with torch.device("meta"):
-        cache = Cache(dataclasses.replace(c, n_visual=256), 4 * 8, 513, dtype=torch.bfloat16)
+        extended = dataclasses.replace(c, vocab_size=V, n_visual=256)
+        cache = Cache(extended, 4 * 8, 513, dtype=torch.bfloat16)
     assert rl.passing["KV cache"] == cache.kv.nbytes * 9 / 8    # the prompts', then the group's
     assert rl.tokens == 28 * 8 * 29 * 16
     words = 2 * V * D * 2                                       # embedding and head are not read

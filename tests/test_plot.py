@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pictures
 import sim
+from checkpoint import UserError
 from experiments import plot
 
 BLUE, GREY = (0, 90, 180), (190, 190, 190)              # frames of given and of other pictures
@@ -147,7 +148,7 @@ def test_a_broken_write_leaves_nothing(draw, clips, tmp_path, monkeypatch):
     for suffix in (".png", ".gif"):
         (tmp_path / "a").with_suffix(suffix).write_text("old")
     monkeypatch.setattr(Image.Image, "save", save)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         draw(tmp_path / "a", clips[1]["truth"][:1])
     left = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert left == {"a.png": "old", "a.gif": "old"}
