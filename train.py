@@ -292,6 +292,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def has_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU that multiplies in bf16 without emulation."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -303,8 +304,9 @@ def can_compile(device: torch.device, report: bool) -> bool:
         return True
     except Exception as error:          # of Dynamo, Inductor, Triton or the compiler: they vary
         if report:
-            print(f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): going "
-                  "on without it, which is slower", flush=True)
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            print(f"torch.compile does not work here ({reason}): going on without it, which is "
+                  "slower", flush=True)
         return False
 
 
@@ -390,8 +392,8 @@ def start(seed: int, out: str = "") -> World:
             dist.init_process_group("nccl" if gpus else "gloo", timeout=STEP_TIMEOUT)
             _slow_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"rank {rank} cannot join the other ranks: {str(error).splitlines()[0]}"
-                            f". {STRAY.format('WORLD_SIZE')}") from None
+            raise UserError(f"rank {rank} of {size} cannot join the others ({error!r:.200}). "
+                            f"{STRAY.format('WORLD_SIZE')}") from None
     # names that torch 2.13 gives up and older versions need
     warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|broadcast_buffers)", FutureWarning)
     torch.manual_seed(seed)                 # the same initial weights on every rank
@@ -589,7 +591,7 @@ def learning_rate(step: int, config) -> float:
 
 # ------------------------------------------------------------------ a run
 
-STOP_TIMEOUT = 600  # seconds from a signal to the end of the run
+STOP_TIMEOUT = 600  # seconds that a step may still take after a signal
 PATIENCE = 10       # the run ends after so many steps in a row without a finite loss and gradient
 
 
