@@ -46,6 +46,11 @@ to 0.04 world units (a frame is 10 wide), all 256 codes in use.
 Axes: B batch (b this rank's shard), F frames, C channels, H W pixels, h w cells of the latent, L
 patches, K tokens of a frame, D width of a stream, d of a head, V codes, dim of a code, n any rows.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
+
 import dataclasses
 import math
 import zlib

@@ -34,6 +34,11 @@ Axes: B clips, F frames, K tokens of a frame, P prompts, G group (rollouts per p
 rollouts, S = 1 + F K tokens of a clip, T = (F - 3) K sampled tokens, V codes, D width, H W pixels.
 P, R and B are this rank's; n_prompts and n_rollouts those of all ranks.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
+
 import copy
 from dataclasses import dataclass
 from pathlib import Path

@@ -24,6 +24,11 @@ token, drift_error 0.24 to 0.29 on iid clips.
 
 Axes: B clips, F frames, K tokens of a frame, S sequence, V codes, D width.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
+
 import json
 import math
 from dataclasses import dataclass
@@ -290,6 +295,9 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     codes = training_codes(config, tokenizer, folder / "codes.npy", world)      # (clips, F, K)
     near = nearest_codes(tokenizer.quantizer.codebook, config.near)             # (V, near)
     B = config.batch
+    if config.dtype == "bfloat16" and world.device.type == "cuda" and \
+            not train.has_bf16(world.device):
+        world.print0("--dtype bfloat16: this GPU emulates it, slowly; try --dtype float32")
     world.print0(f"SFT: {millions(model)} parameters, {config.steps} steps of {B} clips of "
                  f"{1 + FRAMES * tokenizer.config.queries} tokens, {len(codes)} clips")
     loss_of = train.distribute(NextToken(model), world)

@@ -20,6 +20,11 @@ Expected at `tiny` on 2 CPU cores: 1 to 3 minutes; squared error 0.001.
 
 Axes: B batch, C channels, H W pixels, h w cells of the latent.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
+
 import json
 import math
 from dataclasses import dataclass
