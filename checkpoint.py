@@ -323,7 +323,7 @@ FREE_FIELDS = {"out", "vae", "fresh", "save_every", "eval_clips", "micro_batch",
 def settings(config) -> dict:
     """The fields that decide what is learnt. A folder has one name: DIR, DIR/, a relative path."""
     kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_FIELDS}
-    if kept.get("llm"):
+    if kept.get("llm", "none") not in ("", "none"):
         kept["llm"] = str(Path(kept["llm"]).resolve())
     return kept
 
@@ -459,6 +459,8 @@ def delete_model(folder: Path) -> None:
 
 def command(stage: str) -> str:
     """The command that trains the model in <out>/<stage>, for error messages."""
+    if stage == "llm":
+        return "python prior.py"
     return f"python -m experiments.{stage}" if stage in ("vqgan", "dit") else f"python {stage}.py"
 
 

@@ -1,7 +1,7 @@
 """
 Stage 4, GRPO: reinforcement learning with a reward computed from the physics of the decoded frames.
-(Stages: 1 vae.py, images to latents; 2 ddt.py, frames to tokens and back; 3 sft.py, a language
-model of these tokens; 4 this file, the main job.)
+(Stages: 0 prior.py, a language model of numbers; 1 vae.py, images to latents; 2 ddt.py, frames to
+tokens and back; 3 sft.py, the language model of these tokens; 4 this file, the main job.)
 
     condition: the first 3 frames of a clip, as tokens
       -> the policy, a copy of the SFT model, samples a group of G continuations (lm.py)
@@ -22,9 +22,10 @@ Differences from textbook GRPO, and choices where the paper is silent (docs/RESU
 4. Old and new log-probabilities are of the distribution sampled from (top-k 50, top-p 0.95).
 5. Advantages divide by std + 0.1. Decoding is random: the reward of the same codes has std 0.1.
 6. A token is judged by the reward of eight frames, its own the first (--whole_clip: of the clip).
-7. The KL is also taken on clips of SFT's range, which RL would forget otherwise (beta_pretrain).
+7. The KL is also taken on clips of SFT's range (beta_pretrain) and on number sequences of stage 0
+   (beta_numbers), which RL would forget otherwise.
 
-    torchrun grpo.py                    # from nothing: VAE, DDT, SFT, GRPO, table, pictures
+    torchrun grpo.py                    # from nothing: all stages, table, pictures
     python grpo.py --fresh --beta 0     # trains the policy again; any field of Config is a flag
     torchrun --nproc_per_node=8 grpo.py # 8 ranks; the global batch stays as it is
 
@@ -49,6 +50,7 @@ from torch import Tensor, nn
 import checkpoint
 import evaluate
 import pictures
+import prior
 import reward
 import sft
 import sim
@@ -56,6 +58,7 @@ import train
 from checkpoint import check
 from ddt import DDT
 from lm import Llama, generate, logprobs
+from prior import number_sequences
 from sim import CONDITION, FRAMES
 from vae import check_data, check_ranges
 
@@ -83,6 +86,7 @@ class Config:
     whole_clip: bool = False    # judge a token by the reward of the whole clip, as in the paper
     beta: float = 0.02          # weight of the KL to the SFT model on rollouts
     beta_pretrain: float = 0.05 # weight of the KL to the SFT model on clips of SFT's range
+    beta_numbers: float = 0.05  # weight of the KL to the SFT model on number sequences of its prior
     # optimization
     steps: int = 50             # optimizer steps, each on new rollouts
     micro_batch: int = 32       # rollouts per backward pass and rank
@@ -105,8 +109,8 @@ PRESETS = {
     "small": dict(scenario="all", clips=20000, prompts=32, micro_batch=64, steps=300, lr=2e-5,
                   warmup=20),
     "paper": dict(scenario="all", clips=30000, prompts=28, whole_clip=True, beta_pretrain=0.0,
-                  micro_batch=8, checkpointing=True, steps=1600, lr=3e-6, warmup=100, save_every=50,
-                  eval_clips=1000),
+                  beta_numbers=0.0, micro_batch=8, checkpointing=True, steps=1600, lr=3e-6,
+                  warmup=100, save_every=50, eval_clips=1000),
 }
 REWARD_NOISE = 0.1              # std of the reward between two decodings of the same codes
 
@@ -174,12 +178,13 @@ class Rollouts:
 
 
 @dataclass
-class TrueClips:
-    ids: Tensor                 # (B, S)        BOS and the codes of a simulated clip
+class KnownSequences:
+    """What the SFT model knows and RL does not sample: only a KL to that model is taken on it."""
+    ids: Tensor                 # (B, S)        BOS and the codes of a clip, or number sequence
     logits_ref: Tensor          # (B, T, V)     logits of the frozen SFT model
 
 
-def micro_batches(batch: Rollouts | TrueClips, n: int) -> list:
+def micro_batches(batch: Rollouts | KnownSequences, n: int) -> list:
     """The batch, cut into n of its kind."""
     parts = zip(*(x.tensor_split(n) for x in vars(batch).values()))
     return [type(batch)(*part) for part in parts]
@@ -252,12 +257,11 @@ def rollout(policy: Llama, reference: Llama, tokenizer: DDT, clips: sim.Clips, c
 
 
 @torch.no_grad()
-def true_clips(reference: Llama, tokenizer: DDT, clips: sim.Clips) -> TrueClips:
-    """Simulated clips, for the KL to the SFT model on motions that RL does not sample."""
-    codes = sft.tokenize(tokenizer, clips)                                      # (B, F, K)
+def known_sequences(reference: Llama, codes: Tensor) -> KnownSequences:
+    """codes (B, F, K) of simulated clips, or number sequences, with the SFT model's logits."""
     ids = sft.sequence(reference, codes.to(reference.head.device))              # (B, S)
     T = (FRAMES - CONDITION) * codes.shape[2]
-    return TrueClips(ids, frozen_logits(reference, ids, T, len(ids)))           # few: all at once
+    return KnownSequences(ids, frozen_logits(reference, ids, T, len(ids)))      # few: all at once
 
 
 # ------------------------------------------------------------------ training
@@ -279,9 +283,13 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
     motions = train.scenarios(config.scenario)
     posttrain = [sim.sample(name, "posttrain", config.clips, config.seed) for name in motions]
     pretrain = [sim.sample(name, "pretrain", config.clips, config.seed) for name in motions]
-    # micro-batches per rank, of rollouts and of true clips
+    # micro-batches per rank, of rollouts and of known sequences
     n = world.accumulation_steps(n_prompts, config.micro_batch, config.group)
-    n_true = world.accumulation_steps(n_prompts, config.micro_batch)
+    n_known = world.accumulation_steps(n_prompts, config.micro_batch)
+    betas = {"pretrain": config.beta_pretrain, "numbers": config.beta_numbers}
+    if not sft.knows_numbers(config):
+        betas["numbers"] = 0.0
+    corpus = prior.corpus_of(files["sft"].parent)
 
     with train.Run(folder, policy, config, world, ("reward", "kl"), sources) as run:
         for step in run:
@@ -296,30 +304,41 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
             clips = posttrain[motion][index].to(world.device)
             rollouts, scores = rollout(policy, reference, tokenizer, clips, config,
                                        world.shard(generators))
-            parts = micro_batches(rollouts, n)
-            if config.beta_pretrain:
-                clips = pretrain[motion][index].to(world.device)                # as many as prompts
-                parts += micro_batches(true_clips(reference, tokenizer, clips), n_true)
+            # known sequences, as many of each kind as prompts
+            known = {}
+            if betas["pretrain"]:
+                clips = pretrain[motion][index].to(world.device)
+                known["pretrain"] = sft.tokenize(tokenizer, clips)              # (P, F, K)
+            if betas["numbers"]:
+                numbers = number_sequences(n_prompts, tokenizer.config.queries, FRAMES,
+                                           train.generator(config.seed, step), **corpus)
+                known["numbers"] = world.shard(numbers)                         # (P, F, K)
+            parts = [("rollouts", part) for part in micro_batches(rollouts, n)]
+            for kind, codes in known.items():
+                sequences = known_sequences(reference, codes)
+                parts += [(kind, part) for part in micro_batches(sequences, n_known)]
 
             # gradient accumulation; DDP averages gradients over the ranks in the last backward pass
-            total, outs, kl_pretrain = 0.0, [], torch.zeros((), device=world.device)
-            for part in run.accumulate(parts, policy_logits):                   # of either kind
+            total, outs = 0.0, []
+            kl_known = {kind: torch.zeros((), device=world.device) for kind in betas}
+            for kind, part in run.accumulate(parts, policy_logits):
                 logits = policy_logits(part.ids, T)                             # (rows, T, V)
-                if isinstance(part, Rollouts):
+                if kind == "rollouts":
                     out = grpo_loss(logits, part.logits_ref, part.codes, part.support,
                                     part.logp_old, part.advantage, config.clip_eps, config.beta)
                     loss = out["loss"].sum() / n_rollouts
                     outs.append({name: x.detach() for name, x in out.items()})
                 else:
                     kl = kl_divergence(logits, part.logits_ref).mean(1)         # (rows,)
-                    loss = config.beta_pretrain * kl.sum() / n_prompts
-                    kl_pretrain += kl.detach().sum()
+                    loss = betas[kind] * kl.sum() / n_prompts
+                    kl_known[kind] += kl.detach().sum()
                 (loss * world.size).backward()              # times ranks: a sum, not DDP's average
                 total += loss.detach()
 
             # clip the gradient norm, AdamW, zero_grad; log the loss (summed over ranks) and metrics
-            run.step(total, kl_pretrain=world.all_reduce(kl_pretrain) / n_prompts,
-                     **metrics(scores, outs, n_prompts, n_rollouts, world))
+            kl_known = {f"kl_{kind}": world.all_reduce(kl) / n_prompts
+                        for kind, kl in kl_known.items()}
+            run.step(total, **kl_known, **metrics(scores, outs, n_prompts, n_rollouts, world))
 
     checkpoint.finish(folder, policy.save, config, policy, world, sources)
     return policy.eval()
@@ -353,7 +372,7 @@ def check_config(c: Config) -> None:
     check(0 < c.clip_eps < 1, f"--clip_eps {c.clip_eps}: the ratio is clipped to 1 +- this; above "
           "0 and below 1")
     check_ranges(c, prompts=(1, 4096), group=(2, 1024), top_k=(2, 256), horizon=(1, FRAMES),
-                 beta=(0, 1000), beta_pretrain=(0, 1000))
+                 beta=(0, 1000), beta_pretrain=(0, 1000), beta_numbers=(0, 1000))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,5 @@
 """
-Stage 3, SFT: a Llama learns to predict the next token of clips.
+Stage 3, SFT: a Llama that has read numbers learns to predict the next token of clips.
 
     frames -> codes (F, K) (ddt.py) -> BOS and F x K ids -> Llama -> next-token cross-entropy
 
@@ -13,11 +13,13 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 3. Clips are tokenized once, before training, and kept in a file.
 4. Against exposure bias, inputs are corrupted in training: after the given frames, one code in ten
    is replaced by a random one, the others by one of their three nearest. Targets stay clean.
-5. In a new model the embeddings of near codes start alike (`init_code_embeddings`).
-6. Evaluation is by greedy decoding.
+5. Code i starts as the number i: with that word's rows (`init_code_embeddings`).
+6. Against forgetting, number sequences, written in codes, are mixed into the batches (`replay`).
+7. Evaluation is by greedy decoding.
 
-    python sft.py                       # trains <out>/sft (and first what is missing of vae, ddt)
+    python sft.py                       # trains <out>/sft (and first what is missing before it)
     python sft.py --llm DIR             # from the weights of a Llama or Qwen2 (weights.py)
+    python sft.py --llm none            # from random weights, without stage 0
 
 Expected at `tiny` on 2 CPU cores: 7 to 14 minutes, of them 1 to 2 for the tokens; loss 1.4 nats per
 token, drift_error 0.24 to 0.29 on iid clips.
@@ -30,23 +32,24 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
 import ddt
 import evaluate
+import prior
 import sim
 import train
 from checkpoint import UserError, check
 from ddt import DDT
-from lm import Llama, LlamaConfig, generate
+from lm import Llama, generate
+from prior import (NextToken, circle, corrupt_inputs, nearest_codes, new_shape, number_sequences,
+                   sequence)
 from sim import CONDITION, FRAMES
 from vae import check_data, check_ranges, frames_per_call, millions
 from weights import is_meta, read_config, weight_files
@@ -66,9 +69,10 @@ class Config:
     tokenizer: str = "ddt"      # ddt, or vqgan (experiments/vqgan.py)
     corrupt: float = 0.1        # share of the input codes that are replaced by random codes
     near: int = 3               # a code that is not replaced becomes one of its so many nearest
+    replay: float = 0.5         # number sequences in a batch, per clip (with --llm none: 0)
     # model
-    llm: str = ""               # folder of weights to start from (empty: a new model of this size)
-    hidden: int = 128           # width, D
+    llm: str = ""               # folder to start from; empty: <out>/llm; none: random weights
+    hidden: int = 128           # width, D (this and the four below: with --llm none only)
     ffn: int = 384              # width of the feed-forward layers
     layers: int = 4             # transformer blocks
     heads: int = 4              # attention heads
@@ -78,7 +82,7 @@ class Config:
     # optimization
     steps: int = 4000           # optimizer steps
     batch: int = 16             # clips per step, over all ranks
-    micro_batch: int = 0        # clips per backward pass and rank; 0: the whole shard at once
+    micro_batch: int = 0        # sequences per backward pass and rank; 0: the whole shard at once
     lr: float = 1.5e-3          # peak learning rate
     warmup: int = 50            # steps of linear warm-up, before a cosine to zero
     beta1: float = 0.9          # AdamW: decay of the mean of gradients
@@ -95,9 +99,9 @@ PRESETS = {
     "tiny": {},
     "small": dict(scenario="all", clips=20000, hidden=768, ffn=2304, layers=12, heads=12,
                   kv_heads=4, dtype="bfloat16", steps=6000, batch=128, lr=6e-4, warmup=300),
-    "paper": dict(scenario="all", clips=3_000_000, corrupt=0.0, near=1, dtype="bfloat16",
-                  checkpointing=True, steps=360_000, batch=768, lr=1e-4, warmup=5000,
-                  save_every=1000, eval_clips=1000),
+    "paper": dict(scenario="all", clips=3_000_000, corrupt=0.0, near=1, replay=0.0,
+                  dtype="bfloat16", checkpointing=True, steps=360_000, batch=768, lr=1e-4,
+                  warmup=5000, save_every=1000, eval_clips=1000),
 }
 EXPECTED = {"tiny": "7 to 14 minutes on 2 CPU cores.", "small": "Not run to its end yet.",
             "paper": "Not run yet."}
@@ -116,16 +120,6 @@ def tokenize(tokenizer: DDT, clips: sim.Clips) -> Tensor:
         frames = sim.render(part.position, part.radius, tokenizer.config.size)  # (b, F, 3, H, W)
         codes.append(tokenizer.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]))
     return torch.cat(codes).to("cpu", torch.uint8)
-
-
-def sequence(model: Llama, codes: Tensor) -> Tensor:
-    """codes (B, F, K) -> ids (B, 1 + F K), the first of them BOS. ValueError for others' codes."""
-    codes, V = codes.flatten(1).long(), model.config.n_visual
-    if (codes < 0).any() or (codes >= V).any():
-        raise ValueError(f"codes must be in [0, {V}), the visual codes of this model")
-    ids = model.first_code + codes
-    bos = torch.full_like(ids[:, :1], model.config.bos_token_id)
-    return torch.cat([bos, ids], 1)
 
 
 @torch.no_grad()
@@ -172,68 +166,6 @@ def predictor(model: Llama, tokenizer: DDT, seed: int = 0, top_k: int = 1,
     return predict
 
 
-# ------------------------------------------------------------------ inputs and targets
-
-
-def nearest_codes(codebook: Tensor, n: int) -> Tensor:
-    """codebook (V, dim) of unit vectors -> for each code, the n nearest (V, n), first itself."""
-    codebook = codebook.double().cpu()
-    cosine = codebook @ codebook.T                                              # (V, V)
-    cosine.fill_diagonal_(2)                                # itself first, even if another is equal
-    return cosine.topk(n).indices
-
-
-def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float,
-                   generator: torch.Generator) -> Tensor:
-    """
-    Against exposure bias: when it generates, the model is given its own mistakes; thus its inputs
-    in training hold mistakes, too. codes (B, F, K) -> inputs (B, F, K). A share `corrupt` becomes
-    any code, the rest one of their nearest, near (V, n). The first 3 frames stay as they are.
-    """
-    V, n = near.shape
-    codes = codes.long()                                    # a uint8 index would be a mask
-    nearby = near[codes, torch.randint(n, codes.shape, generator=generator)]    # (B, F, K)
-    is_random = torch.rand(codes.shape, generator=generator) < corrupt
-    random = torch.randint(V, codes.shape, generator=generator)
-    corrupted = torch.where(is_random, random, nearby)
-    return torch.cat([codes[:, :CONDITION], corrupted[:, CONDITION:]], 1)
-
-
-@torch.no_grad()
-def init_code_embeddings(model: Llama, codebook: Tensor, frequency: float = 5.0) -> None:
-    """
-    Near codes start alike: what is learnt of one holds for its neighbours, too. Their rows in the
-    embedding and in the head become random Fourier features (Rahimi and Recht 2007) of the codebook
-    (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), where s grows from 1 to `frequency`
-    over the D channels. The rows keep their standard deviation.
-    """
-    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
-        D, rows = weight.shape[1], weight[model.first_code:]                    # (V, D)
-        s = torch.logspace(0, math.log10(frequency), D)
-        w = torch.randn(codebook.shape[1], D) * s                               # (dim, D)
-        b = 2 * math.pi * torch.rand(D)
-        features = math.sqrt(2) * torch.cos(codebook.cpu() @ w + b)             # (V, D), variance 1
-        rows.copy_(rows.std() * features.to(rows.device))
-
-
-class NextToken(nn.Module):
-    """
-    The loss, with teacher forcing: the cross-entropy of every target given the inputs before it.
-    targets and inputs, ids (B, S) -> mean over the tokens of each clip (B,), in nats.
-    """
-
-    def __init__(self, model: Llama):
-        super().__init__()
-        self.model = model
-
-    def forward(self, targets: Tensor, inputs: Tensor) -> Tensor:
-        hidden = self.model(inputs[:, :-1])                                     # (B, S - 1, D)
-        logits = self.model.visual_logits(hidden)                               # (B, S - 1, V)
-        codes = targets[:, 1:] - self.model.first_code                          # (B, S - 1)
-        nats = nnf.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none")
-        return nats.view_as(codes).mean(1)
-
-
 # ------------------------------------------------------------------ training
 
 
@@ -258,50 +190,92 @@ def training_codes(config: Config, tokenizer: DDT, path: Path, world: train.Worl
 
 
 def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
-    """The model of --llm, its vocabulary extended by V codes; without --llm, a new one."""
+    """
+    The model of --llm or <out>/llm, its vocabulary extended by V codes; with --llm none a new one,
+    in which near codes start alike.
+    """
     codebook, dtype = tokenizer.quantizer.codebook, getattr(torch, config.dtype)
     S, V = 1 + FRAMES * tokenizer.config.queries, len(codebook)
-    if not config.llm:
+    if config.llm == "none":
         model = Llama(new_shape(config, S, V)).to(world.device, dtype)
-        init_code_embeddings(model, codebook)
+        prior.init_near_alike(model, codebook)
         return model
+    folder = llm_folder(config)
     try:
-        model = Llama.load(config.llm, dtype, world.device, n_visual=V)
+        has_codes = read_config(folder).n_visual > 0
+        model = Llama.load(folder, dtype, world.device, n_visual=V)
     except ValueError as error:
-        raise UserError(f"--llm {config.llm}: {error}") from None
+        raise UserError(f"--llm {folder}: {error}") from None
     context = model.config.max_position_embeddings
-    check(S <= context, f"--llm {config.llm}: a clip has {S} tokens, this model's context "
-          f"{context}")
+    check(S <= context, f"--llm {folder}: a clip has {S} tokens, this model's context {context}")
+    if not has_codes:                       # not those of a model that has read clips
+        world.print0(init_code_embeddings(model, folder))
     return model
 
 
-def new_shape(config: Config, S: int, V: int) -> LlamaConfig:
-    """A new model, for BOS and V codes (no text), with a context of S tokens."""
-    return LlamaConfig(
-        vocab_size=1 + V, hidden_size=config.hidden, intermediate_size=config.ffn,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads, head_dim=config.hidden // config.heads,
-        max_position_embeddings=S, n_visual=V)
+def llm_folder(config) -> Path:
+    """The folder of the model that SFT starts from, unless --llm is none."""
+    return Path(config.llm or Path(config.out, "llm"))
+
+
+@torch.no_grad()
+def init_code_embeddings(model: Llama, folder: Path) -> str:
+    """
+    Code i starts as the number i: it gets the rows of its word in the embedding and in the head,
+    the mean of the rows where a number is spelled in several tokens. Returns what it did, in words.
+    """
+    V, weights = model.config.n_visual, (model.model.embed_tokens.weight, model.head)
+    try:
+        words = number_words(folder, V)
+    except ValueError as error:
+        return f"codes start as random rows: {error}"
+    for weight in weights:
+        rows = [weight[ids].mean(0, dtype=torch.float32) for ids in words]
+        weight[model.first_code:] = torch.stack(rows).to(weight.dtype)          # (V, D)
+    longest = max(map(len, words))
+    spelled = f", the mean of up to {longest} tokens that spell it" if longest > 1 else ""
+    return f"code i starts as the word for the number i in {folder}{spelled}"
+
+
+def number_words(folder: Path, n: int) -> list[list[int]]:
+    """Ids of the tokens that spell each of the numbers 0 .. n - 1. ValueError for no tokenizer."""
+    if words := checkpoint.read_json(folder / prior.NUMBERS):
+        if len(words["ids"]) < n:
+            raise ValueError(f"{folder / prior.NUMBERS} has words for {len(words['ids'])} numbers, "
+                             f"there are {n} codes")
+        return [[i] for i in words["ids"][:n]]
+    from text import Tokenizer              # here, because only a text model needs it
+    text = Tokenizer.load(folder)
+    return [text.encode(str(i), bos=False) for i in range(n)]
+
+
+def replayed(config: Config) -> int:
+    """Number sequences in a batch; none for a model that has not read any before."""
+    return 0 if config.llm == "none" else round(config.replay * config.batch)
 
 
 def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
     folder = Path(config.out, "sft")
-    files = checkpoint.model_files(config.out, config.tokenizer)
+    files = checkpoint.model_files(config.out, config.tokenizer, *(() if config.llm else ("llm",)))
     sources = checkpoint.start_stage(folder, config, world, **files)
     torch.manual_seed(config.seed)
     model = starting_model(config, tokenizer, world)
     model.checkpointing = config.checkpointing
     codes = training_codes(config, tokenizer, folder / "codes.npy", world)      # (clips, F, K)
     near = nearest_codes(tokenizer.quantizer.codebook, config.near)             # (V, near)
-    B = config.batch
+    near_number = nearest_codes(circle(len(near)), 3)                           # (V, 3)
+    B, K = config.batch, tokenizer.config.queries
+    n_numbers = replayed(config)
+    is_clip = torch.arange(B + n_numbers) < B
+    corpus = prior.corpus_of(llm_folder(config)) if n_numbers else {}
     if config.dtype == "bfloat16" and world.device.type == "cuda" and \
             not train.has_bf16(world.device):
         world.print0("--dtype bfloat16: this GPU emulates it, slowly; try --dtype float32")
-    world.print0(f"SFT: {millions(model)} parameters, {config.steps} steps of {B} clips of "
-                 f"{1 + FRAMES * tokenizer.config.queries} tokens, {len(codes)} clips")
+    world.print0(f"SFT: {millions(model)} parameters, {config.steps} steps of {B} clips and "
+                 f"{n_numbers} number sequences of {1 + FRAMES * K} tokens, {len(codes)} clips")
     loss_of = train.distribute(NextToken(model), world)
-    n = world.accumulation_steps(B, config.micro_batch)
+    n = world.accumulation_steps(B + n_numbers, config.micro_batch)
 
     with train.Run(folder, model, config, world, sources=sources) as run:
         for step in run:
@@ -309,16 +283,25 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
             targets = torch.from_numpy(codes[index.numpy()]).long()             # (B, F, K)
             generator = train.generator(config.seed, step)
             inputs = corrupt_inputs(targets, near, config.corrupt, generator)   # (B, F, K)
+            # the clips are followed by number sequences, as many codes long
+            numbers = number_sequences(n_numbers, K, FRAMES, generator, **corpus)
+            read = corrupt_inputs(numbers, near_number, config.corrupt, generator)
+            targets, inputs = torch.cat([targets, numbers]), torch.cat([inputs, read])
             targets = world.shard(sequence(model, targets)).to(world.device)    # (b, S)
             inputs = world.shard(sequence(model, inputs)).to(world.device)      # (b, S)
 
-            total = 0.0
+            outs = []
             micro_batches = zip(targets.tensor_split(n), inputs.tensor_split(n))
             for micro_batch in run.accumulate(micro_batches, loss_of):
-                loss = loss_of(*micro_batch).sum() / B
+                nats = loss_of(*micro_batch)                                    # (rows,)
+                loss = nats.sum() / (B + n_numbers)
                 (loss * world.size).backward()              # times ranks: a sum, not DDP's average
-                total += loss.detach()
-            run.step(total)             # clip the gradient norm, AdamW, zero_grad; and the log
+                outs.append(nats.detach())
+
+            # clip the gradient norm, AdamW, zero_grad; and the log, with the clips' own loss
+            nats = torch.cat(outs)                                              # (b,)
+            of_clips = world.all_reduce(nats[world.shard(is_clip)].sum()) / B
+            run.step(nats.sum() / (B + n_numbers), loss_clips=of_clips)
 
     checkpoint.finish(folder, model.save, config, model, world, sources)
     return model.eval()
@@ -341,6 +324,24 @@ def stages(config) -> tuple[str, ...]:
     return ("vae", "ddt", "sft") if config.tokenizer == "ddt" else (config.tokenizer, "sft")
 
 
+def source_files(config) -> dict[str, Path]:
+    """
+    Name -> weights that the SFT model of <out> was trained from, for check_provenance. The prior
+    is one of them if it was trained from <out>/llm, and is still there.
+    """
+    flags = checkpoint.read_json(Path(config.out, "sft", "trained.json"))
+    files = checkpoint.model_files(config.out, config.tokenizer, "llm")
+    if flags.get("llm") or not files["llm"].exists():
+        del files["llm"]
+    return files
+
+
+def knows_numbers(config) -> bool:
+    """Whether the SFT model of <out> started from one that had read numbers."""
+    flags = checkpoint.read_json(Path(config.out, "sft", "trained.json"))
+    return flags.get("llm") != "none"
+
+
 def load(folder: Path, **sources: Path) -> Llama:
     """A trained model. UserError if it was trained from other weights (name=path) than these."""
     folder = Path(folder)
@@ -358,26 +359,24 @@ def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         sft_config = train.stage_config("sft", Config, PRESETS, config, tokenizer=config.tokenizer)
         return run_stage(sft_config, tokenizer, world)
-    sources = checkpoint.model_files(config.out, config.tokenizer)
-    return load(folder, **sources).to(world.device)
+    return load(folder, **source_files(config)).to(world.device)
 
 
 def check_config(c: Config) -> None:
     """UserError for flags that cannot work."""
     check_data(c)
     check(c.tokenizer in ("ddt", "vqgan"), f"--tokenizer {c.tokenizer}: choose ddt or vqgan")
-    check(c.dtype in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
+    prior.check_shape(c)
     check(c.corrupt < 1, f"--corrupt {c.corrupt}: a share of the codes, below 1")
     check(c.near <= 256, f"--near {c.near}: between 1 and the 256 codes there are")
-    check_ranges(c, hidden=(2, 16384), ffn=(1, 65536), layers=(1, 256), heads=(1, 256),
-                 kv_heads=(1, 256), batch=(1, 65536))
-    check(c.hidden % (2 * c.heads) == 0 and c.heads % c.kv_heads == 0, f"--hidden {c.hidden} must "
-          f"be a multiple of twice --heads {c.heads}, and that of --kv_heads {c.kv_heads}")
-    if c.llm:
+    check_ranges(c, replay=(0, 100))
+    if c.llm != "none":
         default = Config(**PRESETS.get(c.preset, {}))
         for name in ("hidden", "ffn", "layers", "heads", "kv_heads"):
             check(getattr(c, name) == getattr(default, name), f"--{name} {getattr(c, name)}: the "
-                  "model of --llm has its own size; leave one of the two out")
+                  f"model of {'--llm' if c.llm else 'prior.py'} has its own size; leave it out, or "
+                  "add --llm none")
+    if c.llm not in ("", "none"):
         try:                                # a wrong folder is reported now, not after tokenizing
             bos = read_config(c.llm).bos_token_id
             if not is_meta(Path(c.llm)):
@@ -397,9 +396,10 @@ def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     check_config(config)
     folder = Path(config.out, "sft")
     if checkpoint.is_trained(folder, config, world):
-        sources = checkpoint.model_files(config.out, config.tokenizer)
-        model = load(folder, **sources).to(world.device)
+        model = load(folder, **source_files(config)).to(world.device)
     else:
+        if not config.llm:
+            prior.ensure(config, world)
         model = train_sft(config, tokenizer, world)
     predictors = {"SFT": predictor(model, tokenizer)}
     results = evaluate.add_rows(config, predictors, stages(config), tokenizer.config.size, world)

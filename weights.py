@@ -39,7 +39,8 @@ GENERATION = "generation_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
                    "merges.txt", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja", "chat_template.json")
+                   "chat_template.jinja", "chat_template.json",
+                   "numbers.json")          # prior.py's
 REPEATED = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")  # of config
 
 # What transformers takes where a config.json lacks these fields

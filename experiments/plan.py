@@ -40,6 +40,7 @@ import checkpoint
 import ddt
 import experiments.vqgan as vqgan
 import grpo
+import prior
 import sft
 import train
 import vae
@@ -272,22 +273,26 @@ def meta_tokenizer(name: str, preset: str) -> nn.Module:
 def plan_sft(config: sft.Config, ranks: int) -> Plan:
     """sft.py: the training of the language model on clips of S tokens."""
     S = 1 + FRAMES * meta_tokenizer(config.tokenizer, config.preset).config.queries
-    b = largest_micro_batch(config.batch, ranks, config.micro_batch)
+    batch = config.batch + sft.replayed(config)             # clips and number sequences
+    b = largest_micro_batch(batch, ranks, config.micro_batch)
     c, dtype = llama_config(config, S), getattr(torch, config.dtype)
     with torch.device("meta"):
         model = Llama(c).to(dtype)
     forward = llama_pass(c, dtype, b, S, config.checkpointing)
-    flops = training_flops(forward.flops, config.checkpointing) * config.batch / b
-    return Plan(training_memory(model, ranks), {"activations": forward.kept},
-                config.batch * (S - 1), flops)
+    flops = training_flops(forward.flops, config.checkpointing) * batch / b
+    return Plan(training_memory(model, ranks), {"activations": forward.kept}, batch * (S - 1),
+                flops)
 
 
 def llama_config(config: sft.Config, S: int) -> LlamaConfig:
-    """The model that sft.py trains: that of --llm (`paper`: or Llama-3.1-8B), or a new one."""
-    if not config.llm and config.preset != "paper":
+    """The model that sft.py trains: that of --llm, or prior.py's (`paper`: or Llama-3.1-8B)."""
+    if config.llm == "none":
         return sft.new_shape(config, S, CODES)
     c = CONFIGS["llama-3.1-8b"]
-    if config.llm:
+    if not config.llm and config.preset != "paper":
+        of_prior = prior.Config(**prior.PRESETS[config.preset])
+        c = dataclasses.replace(prior.new_shape(of_prior, prior.CONTEXT, CODES), n_visual=0)
+    elif config.llm:
         try:
             c = read_config(config.llm)
         except ValueError as error:
@@ -361,10 +366,10 @@ def plan_for(config: grpo.Config, ranks: int, c: LlamaConfig, dtype: torch.dtype
     sampling = forward * T / S                              # the prompt is one for the group
     old_logprobs, reference_logits = forward, forward
     training = training_flops(forward, config.checkpointing)
-    true_clips = 0                                          # the KL on them: one clip per group
-    if config.beta_pretrain:
-        true_clips = (reference_logits + training) / config.group
-    flops = sampling + old_logprobs + reference_logits + training + true_clips
+    # the KL on clips and on number sequences: one of each kind per group
+    kinds = bool(config.beta_pretrain) + bool(config.beta_numbers)
+    known = kinds * (reference_logits + training) / config.group
+    flops = sampling + old_logprobs + reference_logits + training + known
 
     # each sampled token reads the weights and the cache, but not the rows of all text words
     matrices = 1 if c.tie_word_embeddings else 2            # embedding and head

@@ -413,7 +413,7 @@ def bench_grpo(width: int = 4096 if CUDA else 1024, layers: int = 2, words: int 
         r, _ = grpo.rollout(policy, reference, tokenizer, clips, config, world.shard(generators))
         held["logits and supports of rollouts"] = r.logits_ref.nbytes + r.support.nbytes
         n = world.accumulation_steps(prompts, config.micro_batch, group)
-        known = grpo.true_clips(reference, tokenizer, pretrain)
+        known = grpo.known_sequences(reference, sft.tokenize(tokenizer, pretrain))
         total = 0.0
         parts = [*grpo.micro_batches(r, n), known]
         for part in run.accumulate(parts, policy_logits):

@@ -1,7 +1,7 @@
 """
 Kills training at random moments, starts it again until it is done, and compares the weights and the
-log with those of an uninterrupted run, bit by bit: VAE, DDT, VQGAN, DiT, SFT and GRPO, on 1 and 2
-ranks. A checkpoint is saved after every step, thus many kills fall into the middle of a save.
+log with those of an uninterrupted run, bit by bit: prior, VAE, DDT, VQGAN, DiT, SFT and GRPO, on 1
+and 2 ranks. A checkpoint is saved after every step, thus many kills fall into the middle of a save.
 
     python tests/kills.py                # 200 kills
     python tests/kills.py --kills 24     # two of each stage and number of ranks
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import ddt
 import grpo
+import prior
 import reward
 import sft
 import train
@@ -35,6 +36,8 @@ import vae
 from experiments import dit, vqgan
 
 CONFIGS = {
+    "llm": prior.Config(steps=8, batch=5, length=24, save_every=1, micro_batch=2, hidden=32, ffn=64,
+                        layers=1),
     "vae": vae.Config(steps=6, batch=4, warmup=1, width=8, clips=40, save_every=1, size=16),
     # code_dim: on the circle of tiny's codes, an untrained encoder's vectors lie so close that
     # rounding, which depends on the shards' sizes, decides which code is the nearest
@@ -44,12 +47,11 @@ CONFIGS = {
     "vqgan": vqgan.Config(steps=8, batch=6, clips=40, save_every=1, size=16, width=8, levels=3),
     "dit": dit.Config(steps=6, batch=5, clips=12, save_every=1, size=16, width=24, layers=1,
                       heads=2),
-    "sft": sft.Config(steps=8, batch=5, clips=12, save_every=1, micro_batch=2, hidden=32, ffn=64,
-                      layers=1),
+    "sft": sft.Config(steps=8, batch=5, clips=12, save_every=1, micro_batch=2),
     "grpo": grpo.Config(steps=5, prompts=3, group=2, clips=6, save_every=1),
 }
-BEFORE = {"vae": (), "ddt": ("vae",), "vqgan": (), "dit": ("vae",), "sft": ("vae", "ddt"),
-          "grpo": ("vae", "ddt", "sft")}
+BEFORE = {"llm": (), "vae": (), "ddt": ("vae",), "vqgan": (), "dit": ("vae",),
+          "sft": ("llm", "vae", "ddt"), "grpo": ("vae", "ddt", "sft")}
 
 # ------------------------------------------------------------------ processes
 
@@ -84,7 +86,9 @@ def train_stage(name: str, out: str, change: dict) -> None:
     world = train.start(0)
     torch.set_num_threads(1)
     config = dataclasses.replace(CONFIGS[name], out=out, **change)
-    if name == "vae":
+    if name == "llm":
+        prior.train_prior(config, world)
+    elif name == "vae":
         vae.train_vae(config, world)
     elif name == "ddt":
         ddt.train_ddt(config, vae.VAE.load(f"{out}/vae"), world)
@@ -147,7 +151,7 @@ def printed(out: Path) -> str:
 
 def whole_run(out: Path) -> None:
     """Every stage once, uninterrupted, on one rank."""
-    for name in ("vae", "ddt", "dit", "sft", "grpo"):
+    for name in ("llm", "vae", "ddt", "dit", "sft", "grpo"):
         if not run(name, out, 1):
             raise RuntimeError(f"{name} failed: {printed(out)}")
 

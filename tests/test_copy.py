@@ -39,6 +39,7 @@ COPIES = {                                  # part: the names that are copied, i
                 "lm.Cache lm.RMSNorm lm.Attention lm.MLP lm.Block lm.project lm.more_rows "
                 "lm.Llama lm.truncate lm.draw lm.check_length lm.decode_step lm.generate",
     "AdamW": "train.Bucket train.group_parameters train.AdamW",
+    "number_sequences": "prior.PLACES prior.number_sequences",
     "advantages": "grpo.REWARD_NOISE grpo.advantages",
     "grpo_loss": "grpo.kl_divergence lm.logprobs grpo.grpo_loss",
 }
@@ -254,6 +255,11 @@ def run_adamw(module, folder):
     return [*adamw.state().values(), *model.state_dict().values()]
 
 
+def run_number_sequences(module, folder):
+    generator = torch.Generator().manual_seed(0)
+    return [module.number_sequences(n=5, K=K, F=6, generator=generator) for K in (1, 3)]
+
+
 def run_advantages(module, folder):
     per_frame = module.advantages(score=noisy(2, 3, 5))
     return [per_frame, module.advantages(score=noisy(2, 3, seed=1))]
@@ -274,7 +280,8 @@ def run_grpo_loss(module, folder):
 
 RUNS = {"EMAVectorQuantizer": run_quantizer, "QFormer": run_q_former, "MMDiT": run_mmdit,
         "VAE": run_vae, "Llama": run_llama, "generate": run_generate, "AdamW": run_adamw,
-        "advantages": run_advantages, "grpo_loss": run_grpo_loss}
+        "number_sequences": run_number_sequences, "advantages": run_advantages,
+        "grpo_loss": run_grpo_loss}
 
 
 @pytest.mark.parametrize("part", COPIES)

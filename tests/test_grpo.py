@@ -383,7 +383,7 @@ def test_the_kl_on_true_clips_holds_the_policy_at_the_reference(rollout):
     """It is zero at the reference, and a step from elsewhere goes back to it."""
     reference = rollout.reference
     drawn = sim.sample("uniform", "pretrain", 5)
-    clips = grpo.true_clips(reference, rollout.tokenizer, drawn)
+    clips = grpo.known_sequences(reference, sft.tokenize(rollout.tokenizer, drawn))
     assert clips.ids.shape == (5, 65) and clips.logits_ref.shape == (5, 58, 256)
     halves = grpo.micro_batches(clips, 2)
     assert [len(part.ids) for part in halves] == [3, 2]

@@ -26,6 +26,7 @@ import checkpoint
 import ddt
 import evaluate
 import grpo
+import prior
 import reward
 import sft
 import sim
@@ -37,12 +38,14 @@ from lm import Llama
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {
+    "llm": dict(steps=6, batch=4, length=16, save_every=2),
     "vae": dict(width=8, steps=4, batch=8, clips=16, eval_clips=2),
     "ddt": dict(steps=8, batch=8, clips=16, save_every=2, eval_clips=2),
     "sft": dict(steps=4, batch=4, clips=16, save_every=1, eval_clips=2),
     "grpo": dict(steps=2, prompts=3, group=2, clips=8, save_every=1, eval_clips=2),
     "vqgan": dict(size=24, width=8, steps=4, batch=8, clips=16, eval_clips=2)}
-MAINS = {"vae": vae.main, "ddt": ddt.main, "sft": sft.main, "grpo": grpo.main, "vqgan": vqgan.main}
+MAINS = {"llm": prior.main, "vae": vae.main, "ddt": ddt.main, "sft": sft.main,
+         "grpo": grpo.main, "vqgan": vqgan.main}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -93,6 +96,12 @@ def results(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def short_prior(monkeypatch):
+    """Where sft.py trains a missing prior, that takes a second."""
+    monkeypatch.setitem(prior.PRESETS, "tiny", FLAGS["llm"])
+
+
 @pytest.fixture
 def one_split(monkeypatch):
     """Tables of the iid split only, and few clips for the tokenizer's centre error."""
@@ -107,7 +116,7 @@ def one_split(monkeypatch):
 def finished(tmp_path_factory) -> Path:
     """A run folder with every stage done in a few steps, each by its own command."""
     out = tmp_path_factory.mktemp("run")
-    for stage in ("vae", "ddt", "sft", "grpo"):
+    for stage in ("llm", "vae", "ddt", "sft", "grpo"):
         (out / f"{stage}.txt").write_text(run(stage, out))
     return out
 
@@ -116,7 +125,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_every_stage_leaves_a_model_a_log_and_no_checkpoint(finished):
-    for stage, n in (("vae", 4), ("ddt", 8), ("sft", 4), ("grpo", 2)):
+    for stage, n in (("llm", 6), ("vae", 4), ("ddt", 8), ("sft", 4), ("grpo", 2)):
         assert [line["step"] for line in log_of(finished / stage)] == list(range(n))
         assert (finished / stage / "config.json").exists() and weights(finished / stage)
         assert not checkpoints(finished / stage)
@@ -145,8 +154,8 @@ def test_pictures_are_there(finished):
 def test_health_is_logged(finished):
     line = log_of(finished / "grpo")[0]
     assert {"reward", "reward_std", "rewards/velocity/mean", "rewards/mass/mean", "kl", "entropy",
-            "frac_reward_zero_std", "kl_pretrain", "clip_ratio/region_mean", "loss", "grad_norm",
-            "learning_rate", "step_time"} <= set(line)
+            "frac_reward_zero_std", "kl_pretrain", "kl_numbers", "clip_ratio/region_mean", "loss",
+            "grad_norm", "learning_rate", "step_time"} <= set(line)
     # before the first update nothing has moved
     assert abs(line["kl"]) < 1e-5 and line["clip_ratio/region_mean"] == 0
     sum_of_parts = line["rewards/velocity/mean"] + line["rewards/mass/mean"]
@@ -161,8 +170,8 @@ def random_reward(frames, clips, horizon):
 @pytest.mark.parametrize("whole_clip", [False, True])
 def test_the_logged_loss_is_that_of_the_formula(finished, tmp_path, monkeypatch, whole_clip):
     """
-    At ratio 1 it is -mean(A) + beta KL + beta_pretrain KL on SFT's range. Advantages of whole clips
-    have mean 0 in each group.
+    At ratio 1 it is -mean(A) + beta KL, and with their betas the KL on SFT's range and on number
+    sequences. Advantages of whole clips have mean 0 in each group.
     """
     copy(finished, tmp_path, "vae", "ddt", "sft")
     monkeypatch.setattr(reward, "reward", random_reward)
@@ -184,10 +193,11 @@ def test_the_logged_loss_is_that_of_the_formula(finished, tmp_path, monkeypatch,
     for line, A in zip(lines, mean_advantages):
         assert not whole_clip or abs(A) < 1e-6
         divergence = config.beta * line["kl"] + config.beta_pretrain * line["kl_pretrain"]
+        divergence += config.beta_numbers * line["kl_numbers"]
         assert line["loss"] == pytest.approx(-A + divergence, rel=1e-4, abs=1e-6)
         assert line["clip_ratio/region_mean"] == 0
-    assert lines[0]["kl"] < 1e-6 and lines[0]["kl_pretrain"] < 1e-6
-    assert lines[-1]["kl"] > 1e-3 and lines[-1]["kl_pretrain"] > 1e-3
+    for name in ("kl", "kl_pretrain", "kl_numbers"):
+        assert lines[0][name] < 1e-6 and lines[-1][name] > 1e-3, name
 
 
 def test_a_finished_run_is_not_done_again(finished):
@@ -211,7 +221,7 @@ def test_from_nothing(finished, tmp_path, monkeypatch, one_split):
     for stage in (vae, ddt, sft):
         monkeypatch.setitem(stage.PRESETS, "tiny", FLAGS[stage.__name__])
     printed = run("grpo", tmp_path)
-    for stage in ("vae", "ddt", "sft", "grpo"):
+    for stage in ("llm", "vae", "ddt", "sft", "grpo"):
         same(weights(tmp_path / stage), weights(finished / stage))
         assert stage == "grpo" or f"{tmp_path / stage} is missing: training it first" in printed
 
@@ -313,6 +323,35 @@ def test_later_stages_refuse_what_was_trained_again(finished, tmp_path, one_spli
     run("sft", tmp_path, "--fresh")
     with pytest.raises(UserError, match="grpo was trained from another (ddt|sft)"):
         run("grpo", tmp_path)
+    run("grpo", tmp_path, "--fresh")
+    run("llm", tmp_path, "--fresh", "--seed", "1")
+    for stage in ("sft", "grpo"):
+        with pytest.raises(UserError, match="sft was trained from another llm"):
+            run(stage, tmp_path)
+    shutil.rmtree(tmp_path / "llm")                         # not needed any more, and not missed
+    run("grpo", tmp_path)
+    assert not (tmp_path / "llm").exists()
+
+
+def test_from_random_weights(finished, tmp_path, monkeypatch, one_split):
+    """--llm none: no prior, no number sequences in SFT, no KL on them in RL."""
+    copy(finished, tmp_path, "vae", "ddt")
+
+    def no_numbers(n, *_, **__):
+        assert n == 0
+        return torch.zeros(0, 32, 4, dtype=torch.int64)
+    monkeypatch.setattr(sft, "number_sequences", no_numbers)
+    monkeypatch.setattr(grpo, "number_sequences", None)
+    run("sft", tmp_path, "--llm", "none", "--hidden", "64")
+    run("grpo", tmp_path)
+    assert not (tmp_path / "llm").exists()
+    model = Llama.load(tmp_path / "grpo")
+    assert model.config.vocab_size == 257 and model.config.hidden_size == 64
+    assert all(line["kl_numbers"] == 0 for line in log_of(tmp_path / "grpo"))
+    with pytest.raises(UserError, match="--hidden 64: the model of prior.py has its own size"):
+        run("sft", tmp_path / "new", "--hidden", "64")
+    monkeypatch.chdir(tmp_path)                             # `none` is no path
+    assert "is trained" in run("sft", tmp_path, "--llm", "none", "--hidden", "64")
 
 
 def test_another_tokenizer(tmp_path, one_split):
@@ -320,7 +359,7 @@ def test_another_tokenizer(tmp_path, one_split):
     run("vqgan", tmp_path)
     for stage in ("sft", "grpo"):
         run(stage, tmp_path, "--tokenizer", "vqgan")
-    for stage, sources in (("sft", {"vqgan"}), ("grpo", {"vqgan", "sft"})):
+    for stage, sources in (("sft", {"vqgan", "llm"}), ("grpo", {"vqgan", "sft"})):
         note = json.loads((tmp_path / stage / "provenance.json").read_text())
         assert note.keys() == sources | {"files"}
     assert np.load(tmp_path / "sft" / "codes.npy").shape == (16, 32, 9)
@@ -341,9 +380,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_fresh_that_cannot_train_deletes_nothing(finished, tmp_path, capsys):
     """A wrong --llm, NaN, a loss that is not finite: one line, the old model, no table."""
-    copy(finished, tmp_path, "vae", "ddt", "sft", "grpo")
+    copy(finished, tmp_path, "llm", "vae", "ddt", "sft", "grpo")
     shutil.copy(finished / "results.json", tmp_path)
-    llm = shutil.copytree(ROOT / "tests" / "fixtures" / "llama31", tmp_path / "llm")
+    llm = shutil.copytree(ROOT / "tests" / "fixtures" / "llama31", tmp_path / "llama")
     (llm / "generation_config.json").unlink()               # it names a bos_token_id, too
     config = json.loads((llm / "config.json").read_text())
     config |= {"bos_token_id": None, "max_position_embeddings": 129}
@@ -367,7 +406,7 @@ def test_fresh_that_cannot_train_deletes_nothing(finished, tmp_path, capsys):
 
 def test_the_old_model_is_not_taken_for_the_new_one(finished, tmp_path, monkeypatch, one_split):
     """SFT is trained again and stopped. GRPO finishes that first, then does not fit it any more."""
-    copy(finished, tmp_path, "vae", "ddt", "sft", "grpo")
+    copy(finished, tmp_path, "llm", "vae", "ddt", "sft", "grpo")
     monkeypatch.setitem(sft.PRESETS, "tiny", FLAGS["sft"])
     old = weights(finished / "sft")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -415,7 +454,7 @@ def test_damaged_pictures_are_made_again(finished, tmp_path, one_split):
 
 
 def test_ctrl_c_is_one_line(finished, tmp_path):
-    copy(finished, tmp_path, "vae", "ddt")
+    copy(finished, tmp_path, "llm", "vae", "ddt")
     command = [sys.executable, ROOT / "sft.py", *argv("sft", tmp_path, "--steps=1000")]
     process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                text=True)
@@ -473,7 +512,7 @@ def test_bad_flags_get_one_line(tmp_path, capsys, script, args, culprit):
 
 def test_bad_folders_get_one_line(finished, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    killed = copy(finished, tmp_path / "killed", "vae", "ddt")
+    killed = copy(finished, tmp_path / "killed", "llm", "vae", "ddt")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(checkpoint, "finish", lambda *_: sys.exit(1))
         run("sft", killed)

@@ -77,20 +77,21 @@ def test_plan_of_8b_by_hand():
     assert rl.total < plan_grpo(preset(grpo, "paper"), 4).total
 
 
-@pytest.mark.parametrize("beta_pretrain", [0.0, 0.05])
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.05, 0.0), (0.05, 0.05)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_flops_of_grpo_by_hand(beta_pretrain, checkpointing):
+def test_flops_of_grpo_by_hand(betas, checkpointing):
     """In passes over the rollouts, of which each has so many FLOPs as its products."""
     c, P, G, K = LlamaConfig(300, 64, 160, 3, 4, 4, 16, n_visual=256), 6, 4, 4
-    config = grpo.Config(prompts=P, group=G, micro_batch=3, beta_pretrain=beta_pretrain,
-                         checkpointing=checkpointing)
+    config = grpo.Config(prompts=P, group=G, micro_batch=3, beta_pretrain=betas[0],
+                         beta_numbers=betas[1], checkpointing=checkpointing)
     planned = plan.plan_for(config, 2, c, torch.float32, plan.meta_tokenizer("ddt", "tiny"))
     matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160) + 256 * 64
     clip = 32 * K * 2 * matrices + 4 * 3 * 64 * (32 * K) ** 2   # FLOPs of one clip
     trained = 4 if checkpointing else 3
     passes = P * G * (1 + 1 + trained)                          # old policy, reference, training
     passes += P * G * (29 * K) / (1 + 32 * K)                   # sampling
-    passes += P * (1 + trained) if beta_pretrain else 0         # true clips: reference, training
+    for beta in betas:                                          # KL: reference, training
+        passes += P * (1 + trained) if beta else 0
     assert planned.flops == pytest.approx(passes * clip)
 
 
@@ -253,7 +254,8 @@ def test_plans_of_all_stages(stage, name, tmp_path, capsys):
 
 def test_what_does_not_fit_is_said_with_flags(monkeypatch, capsys):
     flags = ["--preset", "small", "--hidden", "1024", "--ffn", "4096", "--layers", "24",
-             "--heads", "16", "--kv_heads", "2", "--batch", "64", "--dtype", "float32"]
+             "--heads", "16", "--kv_heads", "2", "--batch", "64", "--dtype", "float32",
+             "--llm", "none"]
     monkeypatch.setattr(plan, "CARDS", {"A800-80GB": Card(8 * GIB, 1e12, 1e12)})
     plan.main(["sft", *flags])
     assert "DOES NOT FIT: --micro_batch 8 --checkpointing\n" in capsys.readouterr().out

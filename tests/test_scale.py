@@ -27,14 +27,15 @@ def done(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name, ranks, n", [
-    ("vae", 1, 2), ("ddt", 1, 4), ("ddt", 2, 3), ("vqgan", 2, 2), ("sft", 1, 3), ("sft", 2, 3),
-    ("grpo", 1, 3), ("grpo", 2, 3)])
+    ("llm", 1, 2), ("llm", 2, 2), ("vae", 1, 2), ("ddt", 1, 4), ("ddt", 2, 3), ("vqgan", 2, 2),
+    ("sft", 1, 3), ("sft", 2, 3), ("grpo", 1, 3), ("grpo", 2, 3)])
 def test_killed_runs_end_as_if_nothing_had_been(done, name, ranks, n):
     count = kills.survive(name, ranks, n, done, random.Random(0))
     assert count["kills"] == n
 
 
-@pytest.mark.parametrize("name, micro_batch", [("ddt", 2), ("sft", 1), ("grpo", 2), ("dit", 1)])
+@pytest.mark.parametrize("name, micro_batch", [
+    ("llm", 2), ("ddt", 2), ("sft", 1), ("grpo", 2), ("dit", 1)])
 def test_ranks_and_micro_batches_do_not_change_the_weights(done, tmp_path, name, micro_batch):
     """
     On one rank, in micro-batches, and on two ranks with unequal shards and in micro-batches. (A

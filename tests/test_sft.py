@@ -1,12 +1,14 @@
 """
-SFT: sequences, targets and inputs, the cache of the clips' codes.
+SFT: the rows that codes start with, replay of number sequences, the cache of the clips' codes.
 
     pytest tests/test_sft.py
 """
 import dataclasses
-import math
+import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,125 +22,11 @@ import sim
 import train
 from checkpoint import UserError
 from lm import Llama, LlamaConfig
+from prior import circle
 
 ALONE = train.World(0, 1, torch.device("cpu"))
+FIXTURES = Path(__file__).parent / "fixtures"
 
-
-def model(seed=0) -> Llama:
-    torch.manual_seed(seed)
-    llama = Llama(LlamaConfig(1 + 12, 32, 48, 2, 4, 2, 8, n_visual=12))
-    for p in llama.parameters():
-        if p.ndim == 2:
-            torch.nn.init.normal_(p, std=0.3)
-    return llama.requires_grad_(False)
-
-
-def clips(B=3, F=4, K=2, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(12, (B, F, K), generator=g, dtype=torch.uint8)
-
-
-def circle_of(n):
-    """n codes (n, 3) on a circle."""
-    angle = torch.arange(n) * (2 * math.pi / n)
-    return torch.stack([angle.cos(), angle.sin(), torch.zeros(n)], -1)
-
-
-# ------------------------------------------------------------------ inputs and targets
-
-
-def test_sequence():
-    codes = clips()
-    ids = sft.sequence(model(), codes)
-    assert ids.shape == (3, 9) and ids.dtype == torch.int64
-    assert (ids[:, 0] == 0).all() and torch.equal(ids[:, 1:] - 1, codes.flatten(1).long())
-
-
-def test_codes_of_another_model_are_no_sequence():
-    for wrong in (clips() + 12, clips().long() - 13, clips().to(torch.int8) - 12):
-        with pytest.raises(ValueError, match="0, 12"):
-            sft.sequence(model(), wrong)
-
-
-def test_loss_is_the_cross_entropy_of_the_next_code():
-    llama, codes = model(), clips()
-    ids = sft.sequence(llama, codes)
-    loss = sft.NextToken(llama)(ids, ids)
-    for i, clip in enumerate(codes.flatten(1).tolist()):
-        total = 0.0
-        for j, code in enumerate(clip):                     # one prefix after the other
-            logits = llama.logits(llama(ids[i:i + 1, :j + 1]))
-            logits = logits[0, -1, 1:].double()             # over visual codes alone
-            total -= math.log(logits.softmax(-1)[code])
-        assert abs(loss[i].item() - total / len(clip)) < 1e-5
-
-
-def test_inputs_may_be_corrupt_targets_are_true():
-    llama = model()
-    targets, others = sft.sequence(llama, clips()), sft.sequence(llama, clips(seed=1))
-    inputs = torch.cat([targets[:, :5], others[:, 5:]], 1)
-    loss = sft.NextToken(llama)(targets, inputs)
-    logits = llama.visual_logits(llama(inputs[:, :-1])).log_softmax(-1)         # (B, S - 1, V)
-    expected = -logits.gather(-1, targets[:, 1:, None] - 1).mean((1, 2))
-    torch.testing.assert_close(loss, expected)
-    assert not torch.allclose(loss, sft.NextToken(llama)(targets, targets))
-
-
-def test_corrupt_inputs():
-    """
-    Given frames stay. Later codes become a near one, each equally often, but for a share that
-    becomes any code.
-    """
-    codes = torch.randint(50, (400, 6, 3), generator=torch.Generator().manual_seed(0))
-    near = (torch.arange(50)[:, None] + torch.arange(-1, 2)) % 50   # itself and both neighbours
-    itself = near[:, 1:2]
-
-    def corrupted(share, near=near):
-        return sft.corrupt_inputs(codes, near, share, torch.Generator().manual_seed(1))
-    step = (corrupted(0.0) - codes + 1) % 50                # 0, 1, 2
-    assert (step[:, :3] == 1).all() and torch.equal(step[:, 3:].unique(), torch.arange(3))
-    shares = torch.bincount(step[:, 3:].flatten()) / step[:, 3:].numel()
-    torch.testing.assert_close(shares, torch.full((3,), 1 / 3), rtol=0, atol=0.03)
-    assert torch.equal(corrupted(0.0, itself), codes)
-    wrong = (corrupted(0.2, itself) != codes).float().mean((0, 2))
-    expected = 0.2 * 49 / 50 * torch.tensor([0, 0, 0, 1.0, 1, 1])   # one in 50 is right by chance
-    torch.testing.assert_close(wrong, expected, rtol=0, atol=0.04)
-    assert torch.equal(corrupted(0.2), corrupted(0.2))
-    codes, same = codes.to(torch.uint8), corrupted(0.2)
-    assert torch.equal(corrupted(0.2), same)
-
-
-def test_nearest_codes():
-    """On a circle the codes on both sides; a code itself is the first, whatever its equals."""
-    circle, i = circle_of(256), torch.arange(256)
-    near = sft.nearest_codes(circle, 5)
-    around = torch.stack([(i + j) % 256 for j in range(-2, 3)], -1)
-    assert torch.equal(near[:, 0], i)
-    assert torch.equal(near.sort().values, around.sort().values)
-    circle[:100] = circle[7]
-    assert torch.equal(sft.nearest_codes(circle, 1)[:, 0], i)
-
-
-def test_embeddings_of_near_codes_start_alike():
-    """
-    The similarity of the rows falls with the angle between two codes as the kernel of the features
-    does. BOS and scale stay.
-    """
-    torch.manual_seed(0)
-    circle = circle_of(256)
-    llama = Llama(LlamaConfig(257, 512, 48, 1, 4, 2, 8, n_visual=256))
-    weights = (llama.model["embed_tokens"].weight, llama.lm_head.weight)
-    before = [w.clone() for w in weights]
-    sft.init_code_embeddings(llama, circle, 5.0)
-    frequency = torch.logspace(0, math.log10(5), 512)
-    for old, new in zip(before, weights):
-        assert torch.equal(old[0], new[0])
-        assert new[1:].std().item() == pytest.approx(old[1:].std().item(), rel=0.05)
-        for steps in (1, 5, 20, 100):
-            d = 2 * math.sin(math.pi * steps / 256)         # between codes so many steps apart
-            kernel = torch.exp(-(frequency * d).square() / 2).mean().item()     # E cos(w d)
-            found = torch.cosine_similarity(new[1:], new[1:].roll(steps, 0), dim=-1)
-            assert found.mean().item() == pytest.approx(kernel, abs=0.03)
 
 
 # ------------------------------------------------------------------ training clips as codes
@@ -226,6 +114,123 @@ def test_training_codes_are_made_once(tokenizer, tmp_path):
     tokenizer.quantizer.codebook += 1
     assert made()[1] == 200
     assert {path.name for path in tmp_path.iterdir()} == {"codes.npy", "codes.txt"}
+
+
+# ------------------------------------------------------------------ where codes start
+
+
+def text_model(folder, size, seed=0) -> Llama:
+    torch.manual_seed(seed)
+    Llama(LlamaConfig(size, 32, 48, 1, 4, 2, 8)).save(folder)
+    return Llama.load(folder, n_visual=256)
+
+
+def llama3_with_numbers(folder) -> dict[str, int]:
+    """A tokenizer like Llama 3's, with one token for each number -> token, id."""
+    tokenizer = json.loads((FIXTURES / "tokenizers" / "llama3.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    free = max([*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"])]) + 1
+    missing = [str(i) for i in reversed(range(256)) if str(i) not in vocab]
+    vocab |= {word: free + i for i, word in enumerate(missing)}
+    tokenizer["model"]["ignore_merges"] = True              # as Llama 3 has it
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return vocab
+
+
+def test_codes_start_as_the_words_of_stage_0(tmp_path):
+    llama = text_model(tmp_path, 300)
+    ids = torch.randperm(300)[:256].tolist()
+    (tmp_path / "numbers.json").write_text(json.dumps({"ids": ids, "corpus": {}}))
+    before = [llama.model["embed_tokens"].weight.clone(), llama.lm_head.weight.clone()]
+    assert "starts as the word for the number i" in sft.init_code_embeddings(llama, tmp_path)
+    for old, new in zip(before, (llama.model["embed_tokens"].weight, llama.head)):
+        assert torch.equal(new[:300], old[:300]) and torch.equal(new[300:], old[ids])
+    (tmp_path / "numbers.json").write_text(json.dumps({"ids": ids[:99]}))
+    assert "has words for 99 numbers" in sft.init_code_embeddings(llama, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_start_as_the_words_of_llama_3(tmp_path, dtype):
+    vocab = llama3_with_numbers(tmp_path)
+    llama = text_model(tmp_path, max(vocab.values()) + 20).to(dtype)
+    done = sft.init_code_embeddings(llama, tmp_path)
+    assert "mean" not in done
+    for weight in (llama.model["embed_tokens"].weight, llama.head):
+        expected = weight[[vocab[str(i)] for i in range(256)]]
+        assert torch.equal(weight[llama.first_code:], expected)
+
+
+def test_codes_start_as_the_mean_of_digits(tmp_path):
+    """Where a number is spelled in several tokens; that is said."""
+    shutil.copy(FIXTURES / "tokenizers" / "qwen2.json", tmp_path / "tokenizer.json")
+    vocab = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    llama = text_model(tmp_path, 1000)
+    assert "the mean of up to 3 tokens" in sft.init_code_embeddings(llama, tmp_path)
+    for weight in (llama.model["embed_tokens"].weight, llama.head):
+        for number in ("7", "42", "255"):
+            expected = torch.stack([weight[vocab[digit]] for digit in number]).mean(0)
+            torch.testing.assert_close(weight[llama.first_code + int(number)], expected)
+
+
+def test_codes_start_as_random_rows_without_a_tokenizer(tmp_path):
+    llama = text_model(tmp_path, 300)
+    before = llama.head.clone()
+    assert "random rows" in sft.init_code_embeddings(llama, tmp_path)
+    assert torch.equal(llama.head, before)
+
+
+def test_tied_rows(tmp_path):
+    torch.manual_seed(0)
+    Llama(LlamaConfig(300, 32, 48, 1, 4, 2, 8, tie_word_embeddings=True)).save(tmp_path)
+    (tmp_path / "numbers.json").write_text(json.dumps({"ids": list(range(256))}))
+    llama = Llama.load(tmp_path, n_visual=256)
+    sft.init_code_embeddings(llama, tmp_path)
+    assert torch.equal(llama.head[300:], llama.head[:256])
+
+
+# ------------------------------------------------------------------ replay
+
+
+def test_the_batch_ends_with_number_sequences(tmp_path, monkeypatch):
+    """Of the prior's corpus, as many as `replay` says; the loss is the mean over all sequences."""
+    numbers_of_steps, batches = [], []
+    real, forward = sft.number_sequences, sft.NextToken.forward
+
+    def drawn(n, K, F, generator, **corpus):
+        assert corpus == {"fastest": 7.0}
+        numbers_of_steps.append(real(n, K, F, generator, **corpus))
+        return numbers_of_steps[-1]
+
+    def recorded(self, targets, inputs):
+        nats = forward(self, targets, inputs)
+        batches.append((targets, inputs, nats.detach()))
+        return nats
+    monkeypatch.setattr(sft, "number_sequences", drawn)
+    monkeypatch.setattr(sft.NextToken, "forward", recorded)
+    monkeypatch.setattr(sft, "training_codes", lambda *_: np.full((9, 32, 2), 5, np.uint8))
+    llm = tmp_path / "llm"
+    text_model(llm, 300)
+    words = {"ids": list(range(44, 300)), "corpus": {"fastest": 7.0}}
+    (llm / "numbers.json").write_text(json.dumps(words))
+    (tmp_path / "ddt").mkdir()
+    shutil.copy(llm / "model.safetensors", tmp_path / "ddt")
+    quantizer = SimpleNamespace(codebook=circle(256))
+    tokenizer = SimpleNamespace(config=SimpleNamespace(queries=2), quantizer=quantizer)
+    config = sft.Config(out=str(tmp_path), steps=2, batch=4, replay=0.8, corrupt=0.0)
+    sft.train_sft(config, tokenizer, ALONE)
+    lines = [json.loads(line) for line in (tmp_path / "sft" / "log.jsonl").read_text().splitlines()]
+    assert len(batches) == len(lines) == 2
+    for numbers, (targets, inputs, nats), line in zip(numbers_of_steps, batches, lines):
+        assert targets.shape == (4 + 3, 65) and numbers.shape == (3, 32, 2)
+        assert (targets[:4, 1:] == 300 + 5).all()
+        assert torch.equal(targets[4:, 1:], 300 + numbers.flatten(1))
+        away = (inputs - targets)[4:, 1:] % 256
+        assert set(away.unique().tolist()) == {0, 1, 255} and (away[:, :6] == 0).all()
+        assert line["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
+        assert line["loss_clips"] == pytest.approx(nats[:4].mean().item(), rel=1e-5)
+    assert not torch.equal(*numbers_of_steps)
+    assert sft.replayed(sft.Config(llm="none")) == 0
 
 
 # ------------------------------------------------------------------ models

@@ -1,0 +1,372 @@
+"""
+Stage 0, the prior: a small Llama reads sequences of numbers before it sees a clip.
+
+The paper starts from Llama-3.1-8B, which has read numbers all its life. This model stands in for
+it: `number_sequences` below is all that it reads. SFT then gives visual code i the row of the word
+for the number i.
+
+What the model learns here: things go on as they went, at any speed; what stands still stays.
+What it does not: there is no picture, no ball, no radius and no wall in it, and nothing says which
+code stands for which place.
+
+    K interleaved hands of a clock with 256 places -> BOS and F x K words -> Llama -> next word
+
+Choices (measured: docs/RESULTS.md)
+1. The vocabulary is BOS (id 0) and 256 words; the word for the number i has the id 1 + i.
+2. Rows of near numbers start alike: random Fourier features of the places on the circle.
+3. Inputs are corrupted as in SFT. Targets stay clean.
+4. `<out>/llm` is a Hugging Face folder, like that of any Llama; numbers.json lists the words' ids.
+
+    python prior.py                     # trains <out>/llm
+    python prior.py --slowest 3 --fastest 7 --out runs/narrow       # hands as fast as SFT's balls
+
+Expected at `tiny` on 2 CPU cores: 2 to 3 minutes.
+
+Axes: B sequences, F frames, K tokens of a frame (here: hands), S = 1 + F K, V codes, D width.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+import checkpoint
+import train
+from checkpoint import check
+from lm import Llama, LlamaConfig, generate
+from sim import CONDITION, FRAMES
+from vae import check_ranges, millions
+
+PLACES = 256                                # of a clock: as many as there are codes
+CONTEXT = 1024                              # tokens that later stages may use: up to 31 per frame
+NUMBERS = "numbers.json"                    # in a model's folder: ids of the words for 0..255
+
+
+@dataclass
+class Config:
+    # run
+    preset: str = "tiny"        # named set of defaults: tiny or small
+    out: str = ""               # run folder (empty: runs/<preset>)
+    seed: int = 0               # seed of weights and number sequences
+    fresh: bool = False         # train this stage's model again; the old one stays until the end
+    save_every: int = 100       # steps between two checkpoints
+    # number sequences
+    hands: str = "2,3,4"        # numbers of interleaved hands, one after the other from step to step
+    length: int = 96            # numbers per sequence, of all hands together
+    still: float = 0.4          # share of the hands that stand still
+    slowest: float = 0.0        # least speed of the others, in places per frame
+    fastest: float = 24.0       # largest speed of the others, in places per frame
+    accelerate: float = 0.1     # share of the hands with a constant acceleration
+    change: float = 0.1         # share of the hands that change their speed at some moment
+    follow: float = 0.1         # share of the hands that turn -1, 1, 2 or 3 times another's way
+    warp: float = 0.35          # unevenness of the places: the local speed is up to 1 +- this
+    noise: float = 0.4          # mean standard deviation of the noise of a hand, in places
+    corrupt: float = 0.1        # share of the inputs that are replaced by random numbers
+    # model
+    hidden: int = 128           # width, D
+    ffn: int = 384              # width of the feed-forward layers
+    layers: int = 4             # transformer blocks
+    heads: int = 4              # attention heads
+    kv_heads: int = 2           # heads of keys and values (grouped-query attention)
+    dtype: str = "float32"      # of weights and gradients: float32 or bfloat16
+    # optimization
+    steps: int = 1200           # optimizer steps
+    batch: int = 32             # sequences per step, over all ranks
+    micro_batch: int = 0        # sequences per backward pass and rank; 0: the whole shard at once
+    lr: float = 2e-3            # peak learning rate
+    warmup: int = 50            # steps of linear warm-up, before a cosine to zero
+    beta1: float = 0.9          # AdamW: decay of the mean of gradients
+    beta2: float = 0.95         # AdamW: decay of the mean of their squares
+    eps: float = 1e-6           # AdamW: added to the root of the mean square
+    weight_decay: float = 0.05  # AdamW: on matrices only
+    max_grad_norm: float = 1.0  # gradient clipping; 0: none
+
+
+# There is no `paper`: its prior is Llama-3.1-8B (sft.py --llm).
+PRESETS = {
+    "tiny": {},
+    "small": dict(hands="4,8,16", length=256, hidden=768, ffn=2304, layers=12, heads=12, kv_heads=4,
+                  dtype="bfloat16", steps=6000, batch=128, lr=6e-4, warmup=300),
+}
+EXPECTED = {"tiny": "2 to 3 minutes on 2 CPU cores.", "small": "Not run to its end yet."}
+CORPUS = ("still", "slowest", "fastest", "accelerate", "change", "follow", "warp", "noise")
+
+# ------------------------------------------------------------------ number sequences
+
+
+def number_sequences(n: int, K: int, F: int, generator: torch.Generator, still: float = 0.4,
+                     slowest: float = 0.0, fastest: float = 24.0, accelerate: float = 0.1,
+                     change: float = 0.1, follow: float = 0.1, warp: float = 0.35,
+                     noise: float = 0.4) -> Tensor:
+    """
+    n sequences of the places of K hands in F frames: (n, F, K), int64 in 0..255. Every hand draws
+    for itself. The parameters: see Config.
+    """
+    def uniform() -> Tensor:
+        return torch.rand(n, 1, K, generator=generator)
+
+    def velocity() -> Tensor:
+        return (slowest + (fastest - slowest) * uniform()) * (2 * (uniform() < 0.5) - 1)
+
+    # steady, with constant acceleration, or with another velocity from the moment t_change on
+    t = torch.arange(F)[:, None]                                                # (F, 1)
+    v = velocity() * (uniform() >= still)                   # places per frame, either way
+    kind = uniform()
+    a = 0.3 * torch.randn(n, 1, K, generator=generator) * (kind < accelerate)   # per frame squared
+    after = (velocity() - v) * (kind >= 1 - change)
+    t_change = F * uniform()
+    place = PLACES * uniform() + v * t + a * t ** 2 / 2 + after * (t - t_change).clamp(min=0)
+
+    # a follower turns -1, 1, 2 or 3 times as far as another hand
+    leader = (torch.arange(K) + torch.randint(1, max(K, 2), (n, 1, K), generator=generator)) % K
+    ratio = torch.tensor([-1, 1, 2, 3])[torch.randint(4, (n, 1, K), generator=generator)]
+    followed = PLACES * uniform() + ratio * place.gather(2, leader.expand(n, F, K))
+    place = torch.where(uniform() < follow, followed, place)
+
+    # the places are spaced unevenly, smoothly around the clock, and a little noise is added
+    turns = place / PLACES
+    for period in (1, 2):                                   # per turn
+        strength = warp / 2 * uniform()
+        wave = torch.sin(2 * math.pi * (period * turns + uniform()))
+        turns = turns + strength * wave / (2 * math.pi * period)
+    spread = 2 * noise * uniform()                          # of this hand
+    place = PLACES * turns + spread * torch.randn(n, F, K, generator=generator)
+    return place.round().long() % PLACES
+
+
+def corpus_of(folder: Path) -> dict[str, float]:
+    """Parameters of the number sequences that the model in `folder` has read ({}: the defaults)."""
+    return checkpoint.read_json(Path(folder, NUMBERS)).get("corpus", {})
+
+
+def circle(n: int = PLACES) -> Tensor:
+    """The places of a clock with n of them, as points (n, 2) of the unit circle."""
+    angle = 2 * math.pi * torch.arange(n) / n
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
+# ------------------------------------------------------------------ sequences, inputs and targets
+
+
+def sequence(model: Llama, codes: Tensor) -> Tensor:
+    """codes (B, F, K) -> ids (B, 1 + F K), the first of them BOS. ValueError for others' codes."""
+    codes, V = codes.flatten(1).long(), model.config.n_visual
+    if (codes < 0).any() or (codes >= V).any():
+        raise ValueError(f"codes must be in [0, {V}), the visual codes of this model")
+    ids = model.first_code + codes
+    bos = torch.full_like(ids[:, :1], model.config.bos_token_id)
+    return torch.cat([bos, ids], 1)
+
+
+def nearest_codes(codebook: Tensor, n: int) -> Tensor:
+    """codebook (V, dim) of unit vectors -> for each code, the n nearest (V, n), first itself."""
+    codebook = codebook.double().cpu()
+    cosine = codebook @ codebook.T                                              # (V, V)
+    cosine.fill_diagonal_(2)                                # itself first, even if another is equal
+    return cosine.topk(n).indices
+
+
+def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float,
+                   generator: torch.Generator) -> Tensor:
+    """
+    Against exposure bias: when it generates, the model is given its own mistakes; thus its inputs
+    in training hold mistakes, too. codes (B, F, K) -> inputs (B, F, K). A share `corrupt` becomes
+    any code, the rest one of their nearest, near (V, n). The first 3 frames stay as they are.
+    """
+    V, n = near.shape
+    codes = codes.long()                                    # a uint8 index would be a mask
+    nearby = near[codes, torch.randint(n, codes.shape, generator=generator)]    # (B, F, K)
+    is_random = torch.rand(codes.shape, generator=generator) < corrupt
+    random = torch.randint(V, codes.shape, generator=generator)
+    corrupted = torch.where(is_random, random, nearby)
+    return torch.cat([codes[:, :CONDITION], corrupted[:, CONDITION:]], 1)
+
+
+class NextToken(nn.Module):
+    """
+    The loss, with teacher forcing: the cross-entropy of every target given the inputs before it.
+    targets and inputs, ids (B, S) -> mean over the tokens of each sequence (B,), in nats.
+    """
+
+    def __init__(self, model: Llama):
+        super().__init__()
+        self.model = model
+
+    def forward(self, targets: Tensor, inputs: Tensor) -> Tensor:
+        hidden = self.model(inputs[:, :-1])                                     # (B, S - 1, D)
+        logits = self.model.visual_logits(hidden)                               # (B, S - 1, V)
+        codes = targets[:, 1:] - self.model.first_code                          # (B, S - 1)
+        nats = nnf.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none")
+        return nats.view_as(codes).mean(1)
+
+
+# ------------------------------------------------------------------ a new model
+
+
+def new_shape(config, S: int, V: int) -> LlamaConfig:
+    """A new model, for BOS and V codes (no text), with a context of S tokens."""
+    return LlamaConfig(
+        vocab_size=1 + V, hidden_size=config.hidden, intermediate_size=config.ffn,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads, head_dim=config.hidden // config.heads,
+        max_position_embeddings=S, n_visual=V)
+
+
+def check_shape(c) -> None:
+    """UserError for the size of a new model that cannot be, or for its dtype."""
+    check(c.dtype in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
+    check_ranges(c, hidden=(2, 16384), ffn=(1, 65536), layers=(1, 256), heads=(1, 256),
+                 kv_heads=(1, 256), batch=(1, 65536))
+    check(c.hidden % (2 * c.heads) == 0 and c.heads % c.kv_heads == 0, f"--hidden {c.hidden} must "
+          f"be a multiple of twice --heads {c.heads}, and that of --kv_heads {c.kv_heads}")
+
+
+@torch.no_grad()
+def init_near_alike(model: Llama, codebook: Tensor, frequency: float = 5.0) -> None:
+    """
+    Near codes start alike: what is learnt of one holds for its neighbours, too. Their rows in the
+    embedding and in the head become random Fourier features (Rahimi and Recht 2007) of the codebook
+    (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), where s grows from 1 to `frequency`
+    over the D channels. The rows keep their standard deviation.
+    """
+    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+        D, rows = weight.shape[1], weight[model.first_code:]                    # (V, D)
+        s = torch.logspace(0, math.log10(frequency), D)
+        w = torch.randn(codebook.shape[1], D) * s                               # (dim, D)
+        b = 2 * math.pi * torch.rand(D)
+        features = math.sqrt(2) * torch.cos(codebook.cpu() @ w + b)             # (V, D), variance 1
+        rows.copy_(rows.std() * features.to(rows.device))
+
+
+# ------------------------------------------------------------------ training
+
+
+def train_prior(config: Config, world: train.World) -> Llama:
+    """
+    Trains a Llama on number sequences and saves it in <out>/llm. While it trains, the words for the
+    numbers take the place of the visual codes.
+    """
+    folder, B = Path(config.out, "llm"), config.batch
+    checkpoint.start_stage(folder, config, world)
+    torch.manual_seed(config.seed)
+    model = Llama(new_shape(config, CONTEXT, PLACES))
+    init_near_alike(model, circle())
+    model.to(world.device, getattr(torch, config.dtype))
+    hands = numbers_of_hands(config)
+    corpus = {name: getattr(config, name) for name in CORPUS}
+    near = nearest_codes(circle(), 3)                       # itself and the places beside it
+    world.print0(f"prior: {millions(model)} parameters, {config.steps} steps of {B} sequences of "
+                 f"{config.length} numbers")
+    loss_of = train.distribute(NextToken(model), world)
+    n = world.accumulation_steps(B, config.micro_batch)
+
+    with train.Run(folder, model, config, world) as run:
+        for step in run:
+            K = hands[step % len(hands)]
+            generator = train.generator(config.seed, step)
+            targets = number_sequences(B, K, config.length // K, generator, **corpus)  # (B, F, K)
+            inputs = corrupt_inputs(targets, near, config.corrupt, generator)
+            targets = world.shard(sequence(model, targets)).to(world.device)    # (b, S)
+            inputs = world.shard(sequence(model, inputs)).to(world.device)      # (b, S)
+
+            total = 0.0
+            micro_batches = zip(targets.tensor_split(n), inputs.tensor_split(n))
+            for micro_batch in run.accumulate(micro_batches, loss_of):
+                loss = loss_of(*micro_batch).sum() / B
+                (loss * world.size).backward()              # times ranks: a sum, not DDP's average
+                total += loss.detach()
+            run.step(total)             # clip the gradient norm, AdamW, zero_grad; and the log
+
+    def save(new: Path) -> None:
+        model.save(new)
+        ids = list(range(model.config.vocab_size - PLACES, model.config.vocab_size))
+        checkpoint.write_json(new / NUMBERS, {"ids": ids, "corpus": corpus})
+
+    # saved as a model of text: SFT adds the visual codes
+    model.config = dataclasses.replace(model.config, n_visual=0)
+    checkpoint.finish(folder, save, config, model, world)
+    return model.eval()
+
+
+@torch.no_grad()
+def continuation_error(model: Llama, speed: float, K: int = 3, n: int = 32) -> float:
+    """
+    Given 3 frames of K steady hands, each `speed` places per frame fast, greedy decoding of the
+    other 29: the mean distance to the true places. A guess would be 64 places off.
+    """
+    steady = dict.fromkeys(CORPUS, 0.0) | {"slowest": speed, "fastest": speed}
+    numbers = number_sequences(n, K, FRAMES, train.generator(0), **steady).to(model.head.device)
+    prompt, T = sequence(model, numbers[:, :CONDITION]), (FRAMES - CONDITION) * K
+    predicted = generate(model, prompt, T, top_k=1)[0].view(n, -1, K)
+    error = (predicted - numbers[:, CONDITION:]) % PLACES
+    return torch.minimum(error, PLACES - error).double().mean().item()
+
+
+# ------------------------------------------------------------------ the stage
+
+
+def ensure(config, world: train.World) -> Path:
+    """The folder of the model for a later stage with `config`: <out>/llm, trained if missing."""
+    folder = Path(config.out, "llm")
+    if checkpoint.has_model(folder):
+        checkpoint.check_files(folder)
+        return folder
+    check(config.preset in PRESETS, f"{folder} is missing, and prior.py has no preset "
+          f"{config.preset}: train it with `python prior.py --out {config.out}`")
+    world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
+    same = {name: getattr(config, name) for name in ("preset", "out", "seed")}
+    run_stage(Config(**PRESETS[config.preset] | same), world)
+    return folder
+
+
+def numbers_of_hands(config: Config) -> list[int]:
+    """--hands as integers. UserError for anything else."""
+    try:
+        return [int(number) for number in config.hands.split(",")]
+    except ValueError:
+        raise checkpoint.UserError(f"--hands {config.hands}: whole numbers with commas between "
+                                   "them, such as 2,3,4") from None
+
+
+def check_config(c: Config) -> None:
+    """UserError for flags that cannot work."""
+    check_shape(c)
+    check_ranges(c, length=(8, CONTEXT - 1), slowest=(0, PLACES / 2), fastest=(0, PLACES / 2),
+                 still=(0, 1), accelerate=(0, 1), change=(0, 1), follow=(0, 1), warp=(0, 1),
+                 noise=(0, PLACES))
+    check(c.corrupt < 1, f"--corrupt {c.corrupt}: a share of the numbers, below 1")
+    check(c.slowest <= c.fastest, f"--slowest {c.slowest}: above --fastest {c.fastest}")
+    check(c.accelerate + c.change <= 1, "--accelerate and --change are shares of the hands, at "
+          "most 1 together")
+    for K in numbers_of_hands(c):
+        check(1 <= K <= c.length // (CONDITION + 1), f"--hands {c.hands}: a sequence of --length "
+              f"{c.length} must hold more than {CONDITION} frames of {K}")
+
+
+def run_stage(config: Config, world: train.World) -> None:
+    """Trains the model that `config` describes, unless it is there; prints how it continues."""
+    check_config(config)
+    folder = Path(config.out, "llm")
+    if checkpoint.is_trained(folder, config, world):
+        checkpoint.check_files(folder)
+        model = Llama.load(folder, device=world.device).eval()
+    else:
+        model = train_prior(config, world)
+    if world.is_main:
+        model.config = dataclasses.replace(model.config, n_visual=PLACES)       # words as codes
+        errors = [f"{continuation_error(model, v):.1f} at speed {v}" for v in (0, 4, 12, 24)]
+        print(f"steady hands, mean error in places: {', '.join(errors)}")
+    world.barrier()
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = train.parse(Config, PRESETS, argv)
+    check_config(config)
+    run_stage(config, train.start(config.seed, config.out))
+
+
+if __name__ == "__main__":
+    train.cli(main)
