@@ -138,7 +138,7 @@ def parse(Config, presets: dict[str, dict], argv: list[str] | None):
         parser.error(f"unknown preset {preset!r}: choose one of {', '.join(presets)}{hint}")
 
     given = {name: value for name, value in vars(given).items() if value is not None}
-    config = dataclasses.replace(defaults, **given)
+    config = Config(**presets[preset] | given)
     config.out = config.out or f"runs/{config.preset}"
     for field in dataclasses.fields(Config):
         _check_number(field, getattr(config, field.name))
