@@ -18,6 +18,7 @@ Training in time:
     error < 0.5 The plateau has ended, tokens carry information: token noise (Gaussian noise on the
                 vectors) and the crowding loss begin.
     40 %        The codebook is filled, quantization begins, token noise ends; crowding stays.
+    the end     The codes are numbered along a short closed path through them.
 
 Source: Phys-AR (Lin et al. 2025, https://arxiv.org/abs/2504.15932), section 3.2 and appendix A.1.
 MMDiT: Stable Diffusion 3, Esser et al. 2024, https://arxiv.org/abs/2403.03206.
@@ -28,13 +29,14 @@ Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
 2. A frame is decoded by one call at t = 1 with all tokens; `decode` can also take Euler steps.
 3. Quantization starts late: a codebook of an encoder that has learnt nothing is worth nothing.
 4. `tiny` and `small` have codes of 3 dimensions. LayerNorm leaves of them a closed curve: a code is
-   an angle, has room for one quantity only, and a ball is placed more exactly.
+   an angle and has room for one quantity only. `tiny` has three tokens per ball: x, y and radius.
 5. A linear layer per token, large position vectors and token noise keep different tokens from
    encoding the same. The crowding loss spreads the vectors of one token over its curve.
 6. In the encoder the latent attends to itself only, the queries to both ("unified-direction").
 7. q and k are RMS-normalised before attention, which keeps bf16 stable.
 8. A LayerNorm precedes the normalisation of the vectors: without it all fell to one code.
 9. The commitment loss is a mean over tokens, times 0.25; the paper has a sum and no weight.
+10. At `tiny` and `small` the VAE encodes a sample of the frames once, not frames in every step.
 
     python ddt.py                       # trains <out>/ddt (and first <out>/vae, if it is missing)
     python ddt.py --steps 8000          # any field of Config is a flag
@@ -89,10 +91,11 @@ class Config:
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
     clips: int = 6000           # training clips (of 32 frames) per motion
+    frames: int = 49152         # frames to train on, encoded once at the start (all: in every step)
     size: int = 32              # pixels per side of a frame
     vae: str = ""               # folder of a VAE in diffusers' layout (empty: <out>/vae)
     # model
-    queries: int = 4            # tokens per frame, K
+    queries: int = 0            # tokens per frame, K (0: three per ball: x, y and radius)
     code_dim: int = 3           # dimensions of a code; of 3 an angle is left (head of ddt.py, 4)
     prefix: str = "growing"     # tokens that the decoder is given in training: growing, or all
     order: str = "forward"      # codes as encode returns them: forward (token 1 first) or reverse
@@ -125,6 +128,9 @@ class Config:
     # evaluation
     eval_clips: int = 32        # clips per split of the reconstruction table
 
+    def __post_init__(self):
+        self.queries = self.queries or (3 if self.scenario in ("uniform", "parabola") else 6)
+
 
 # `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, of
 # which a VAE that shrinks 8 times leaves 256 latent vectors at patch 1 (1024 are those of 256 x
@@ -133,11 +139,12 @@ class Config:
 # `small`: 6.2M, 41.2M; `tiny`: 0.49M, 1.66M.
 PRESETS = {
     "tiny": {},
-    "small": dict(scenario="all", clips=20000, size=128, queries=8, image_width=128,
-                  query_width=256, encoder_layers=6, width=384, layers=8, heads=8, steps=8000,
-                  batch=256, lr=8e-4, warmup=1000, eval_clips=64),
-    "paper": dict(scenario="all", clips=3_000_000, size=128, queries=16, code_dim=16,
-                  token_noise=0.2, patch=1, image_width=128, query_width=256, encoder_layers=12,
+    "small": dict(scenario="all", clips=20000, frames=200_000, size=128, queries=8,
+                  image_width=128, query_width=256, encoder_layers=6, width=384, layers=8, heads=8,
+                  steps=8000, batch=256, lr=8e-4, warmup=1000, eval_clips=64),
+    "paper": dict(scenario="all", clips=3_000_000, frames=300_000_000, size=128, queries=16,
+                  code_dim=16, token_noise=0.2, patch=1, image_width=128, query_width=256,
+                  encoder_layers=12,
                   width=512, layers=12, heads=8, steps=140_000, batch=1024, lr=1e-4, warmup=5000,
                   eps=1e-6, max_grad_norm=0.0, eval_clips=1000),
 }
@@ -197,6 +204,7 @@ class EMAVectorQuantizer(nn.Module):
     fill(z)             once, to start quantizing; before, vectors pass through as they are
     forward(x)          in every step
     update(z, codes)    after every optimizer step; not after one that was skipped
+    number()            at the end: codes i and i + 1 are neighbours
 
     project: module (B, K, D) -> (B, K, dim), such as nn.Linear(D, dim).
     """
@@ -290,6 +298,16 @@ class EMAVectorQuantizer(nn.Module):
         for _ in range(10):                 # with decay 0 a code becomes the mean of its vectors
             self.update(z, self.nearest(z), decay=0.0)
 
+    @torch.no_grad()
+    def number(self) -> None:
+        """
+        Renumbers the codes along `closed_path`: where the codes are a circle, as those of 3
+        dimensions are, a code is an angle. What is encoded and decoded stays the same.
+        """
+        order = closed_path(self.codebook)
+        for x in (self.codebook, self.count, self.sum):
+            x.copy_(x[order])
+
     def usage(self, codes: Tensor) -> dict[str, float]:
         """
         For the log: how many codes of a step are distinct, and the perplexity of their shares, over
@@ -301,6 +319,34 @@ class EMAVectorQuantizer(nn.Module):
         share = count / count.sum()
         perplexity = math.exp(torch.special.entr(share).sum())
         return {"codes_used": int((count > 0).sum()), "perplexity": perplexity}
+
+
+def closed_path(points: Tensor) -> Tensor:
+    """
+    points (V, dim) -> their order (V,) along a short closed path: first always on to the nearest
+    point left, then 2-opt (a stretch is turned round as long as this shortens the path). Cut open
+    at the longest edge.
+    """
+    # fp64: neighbours are near; on the CPU, so that all ranks find the same path
+    points = points.double().cpu()
+    distance = (points[:, None] - points).norm(dim=-1)                          # (V, V)
+    left, path = distance.clone(), [0]
+    for _ in range(len(points) - 1):
+        left[:, path[-1]] = math.inf
+        path.append(int(left[path[-1]].argmin()))
+    path, shorter = torch.tensor(path), True
+    while shorter:
+        shorter = False
+        for i in range(len(path) - 1):
+            # edges a-b and c-d become a-c and b-d: the stretch b ... c is turned round
+            a, b, c, d = path[i], path[i + 1], path[i + 1:], path.roll(-1)[i + 1:]
+            change = distance[a, c] + distance[b, d] - distance[a, b] - distance[c, d]
+            j = int(change.argmin())
+            if change[j] < -1e-9:
+                path[i + 1:i + 2 + j] = path[i + 1:i + 2 + j].flip(0)
+                shorter = True
+    longest = int(distance[path, path.roll(-1)].argmax())
+    return path.roll(-1 - longest)
 
 
 def crowding(z: Tensor, others: Tensor) -> Tensor:
@@ -716,6 +762,34 @@ def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Modu
 # ------------------------------------------------------------------ training
 
 
+class Latents:
+    """
+    The latents (C, h, w) of config.frames frames, drawn from all those of the training clips by the
+    seed. They are encoded here, once, each rank its shard. If config.frames is not less than there
+    are, nothing is kept: a frame is encoded when it is asked for.
+    """
+
+    def __init__(self, tokenizer: DDT, config: Config, world: train.World):
+        self.tokenizer, self.world = tokenizer, world
+        self.data = Frames(config, world.device)
+        self.n = min(config.frames, len(self.data))
+        self.kept = None                                                        # (n, C, h, w)
+        if self.n < len(self.data):
+            drawn = torch.randperm(len(self.data), generator=train.generator(config.seed))
+            calls = world.shard(drawn[:self.n]).split(frames_per_call(world.device))
+            self.kept = all_gather(torch.cat([self.encode(index) for index in calls]))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def encode(self, index: Tensor) -> Tensor:
+        with self.world.autocast():
+            return self.tokenizer.latent(self.data[index]).float()
+
+    def __getitem__(self, index: Tensor) -> Tensor:         # (B,) -> (B, C, h, w)
+        return self.encode(index) if self.kept is None else self.kept[index]
+
+
 def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     """Trains encoder, quantizer and decoder together and saves the tokenizer in <out>/ddt."""
     torch.manual_seed(config.seed)
@@ -726,7 +800,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     folder, weights = Path(config.out, "ddt"), vae_stage.weights_of(config.out)
     sources = checkpoint.start_stage(folder, config, world, vae=weights)
 
-    B, data = config.batch, Frames(config, world.device)
+    B, data = config.batch, Latents(tokenizer, config, world)
     world.print0(f"DDT: {millions(tokenizer.encoder)} parameters encoder, "
                  f"{millions(tokenizer.decoder)} decoder, {config.steps} steps of {B} frames")
     world.compile(tokenizer.encoder, tokenizer.decoder)
@@ -738,8 +812,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
         for step in run:
             model.train()
             batch = world.shard(train.batch_indices(config.seed, step, B, len(data)))
-            with world.autocast():
-                latent = tokenizer.latent(data[batch]).float()                  # (b, C, h, w)
+            latent = data[batch]                                                # (b, C, h, w)
             u, noise, token_noise = draw_noise(tokenizer, latent.shape[1:], step, world)
             if step >= config.quantize_at * config.steps and not tokenizer.quantizer.active:
                 start_quantizing(tokenizer, data, step, n, world)
@@ -767,6 +840,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                     commitment=world.all_reduce(out["commitment"].sum()) / B,
                     **tokenizer.quantizer.usage(codes))
 
+    tokenizer.quantizer.number()
     checkpoint.finish(folder, tokenizer.save, config, tokenizer, world, sources)
     return tokenizer.eval().requires_grad_(False)
 
@@ -802,13 +876,12 @@ def update_mse_noise(tokenizer: DDT, mse: Tensor, world: train.World) -> None:
 
 
 @torch.no_grad()
-def start_quantizing(tokenizer: DDT, data: Frames, step: int, n: int, world: train.World) -> None:
+def start_quantizing(tokenizer: DDT, data: Latents, step: int, n: int, world: train.World) -> None:
     """Fills the codebook from the vectors of 16 batches of frames, in n parts."""
     c = tokenizer.config
     index = world.shard(train.batch_indices(c.seed, step, 16 * c.batch, len(data)))
-    calls = index.split(frames_per_call(world.device))
+    latent = torch.cat([data[i] for i in index.split(frames_per_call(world.device))])
     with world.autocast():
-        latent = torch.cat([tokenizer.latent(data[i]).float() for i in calls])
         z = torch.cat([tokenizer.vectors(x) for x in latent.tensor_split(n)])
     tokenizer.quantizer.fill(z.flatten(0, 1))
     if not tokenizer.past_plateau:

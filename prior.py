@@ -54,16 +54,16 @@ class Config:
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
     # number sequences
-    hands: str = "2,3,4"        # numbers of interleaved hands, one after the other from step to step
+    hands: str = "2,3,3,4"      # numbers of interleaved hands, one after the other from step to step
     length: int = 96            # numbers per sequence, of all hands together
     still: float = 0.4          # share of the hands that stand still
     slowest: float = 0.0        # least speed of the others, in places per frame
     fastest: float = 24.0       # largest speed of the others, in places per frame
-    accelerate: float = 0.1     # share of the hands with a constant acceleration
-    change: float = 0.1         # share of the hands that change their speed at some moment
-    follow: float = 0.1         # share of the hands that turn -1, 1, 2 or 3 times another's way
+    accelerate: float = 0.05    # share of the hands with a constant acceleration
+    change: float = 0.05        # share of the hands that change their speed at some moment
+    follow: float = 0.05        # share of the hands that turn -1, 1, 2 or 3 times another's way
     warp: float = 0.35          # unevenness of the places: the local speed is up to 1 +- this
-    noise: float = 0.4          # mean standard deviation of the noise of a hand, in places
+    noise: float = 0.25         # mean standard deviation of the noise of a hand, in places
     corrupt: float = 0.1        # share of the inputs that are replaced by random numbers
     # model
     hidden: int = 128           # width, D
@@ -73,10 +73,10 @@ class Config:
     kv_heads: int = 2           # heads of keys and values (grouped-query attention)
     dtype: str = "float32"      # of weights and gradients: float32 or bfloat16
     # optimization
-    steps: int = 1200           # optimizer steps
+    steps: int = 1500           # optimizer steps
     batch: int = 32             # sequences per step, over all ranks
     micro_batch: int = 0        # sequences per backward pass and rank; 0: the whole shard at once
-    lr: float = 2e-3            # peak learning rate
+    lr: float = 2.5e-3          # peak learning rate
     warmup: int = 50            # steps of linear warm-up, before a cosine to zero
     beta1: float = 0.9          # AdamW: decay of the mean of gradients
     beta2: float = 0.95         # AdamW: decay of the mean of their squares
@@ -98,9 +98,9 @@ CORPUS = ("still", "slowest", "fastest", "accelerate", "change", "follow", "warp
 
 
 def number_sequences(n: int, K: int, F: int, generator: torch.Generator, still: float = 0.4,
-                     slowest: float = 0.0, fastest: float = 24.0, accelerate: float = 0.1,
-                     change: float = 0.1, follow: float = 0.1, warp: float = 0.35,
-                     noise: float = 0.4) -> Tensor:
+                     slowest: float = 0.0, fastest: float = 24.0, accelerate: float = 0.05,
+                     change: float = 0.05, follow: float = 0.05, warp: float = 0.35,
+                     noise: float = 0.25) -> Tensor:
     """
     n sequences of the places of K hands in F frames: (n, F, K), int64 in 0..255. Every hand draws
     for itself. The parameters: see Config.

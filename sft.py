@@ -69,7 +69,7 @@ class Config:
     tokenizer: str = "ddt"      # ddt, or vqgan (experiments/vqgan.py)
     corrupt: float = 0.1        # share of the input codes that are replaced by random codes
     near: int = 3               # a code that is not replaced becomes one of its so many nearest
-    replay: float = 0.5         # number sequences in a batch, per clip (with --llm none: 0)
+    replay: float = 1.0         # number sequences in a batch, per clip (with --llm none: 0)
     # model
     llm: str = ""               # folder to start from; empty: <out>/llm; none: random weights
     hidden: int = 128           # width, D (this and the four below: with --llm none only)
@@ -80,10 +80,10 @@ class Config:
     dtype: str = "float32"      # of weights and gradients: float32 or bfloat16
     checkpointing: bool = False # recompute activations in the backward pass, to save memory
     # optimization
-    steps: int = 4000           # optimizer steps
+    steps: int = 1200           # optimizer steps
     batch: int = 16             # clips per step, over all ranks
     micro_batch: int = 0        # sequences per backward pass and rank; 0: the whole shard at once
-    lr: float = 1.5e-3          # peak learning rate
+    lr: float = 1e-3            # peak learning rate
     warmup: int = 50            # steps of linear warm-up, before a cosine to zero
     beta1: float = 0.9          # AdamW: decay of the mean of gradients
     beta2: float = 0.95         # AdamW: decay of the mean of their squares

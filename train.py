@@ -48,7 +48,6 @@ from typing import Iterable, Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as nnf
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -139,7 +138,7 @@ def parse(Config, presets: dict[str, dict], argv: list[str] | None):
         parser.error(f"unknown preset {preset!r}: choose one of {', '.join(presets)}{hint}")
 
     given = {name: value for name, value in vars(given).items() if value is not None}
-    config = dataclasses.replace(defaults, **given)
+    config = Config(**presets[preset] | given)
     config.out = config.out or f"runs/{config.preset}"
     for field in dataclasses.fields(Config):
         _check_number(field, getattr(config, field.name))
@@ -440,42 +439,51 @@ def _epoch(seed: int, epoch: int, n: int) -> Tensor:
 
 class Bucket:
     """
-    Some parameters as one flat vector (n,). Every rank owns a shard of it, (shard_size,): master
-    weights in fp32 and their moments. torch's fused AdamW updates the shard; then the ranks gather
-    the whole vector.
+    Some parameters as one flat vector (n,), padded to `ranks` shards of (shard_size,): they become
+    views of it, so that one copy updates them all. Every rank owns a shard: master weights in fp32
+    and their moments. torch's fused AdamW updates it; then the ranks gather the whole vector.
     """
 
     def __init__(self, params: list[nn.Parameter], rank: int, ranks: int, **options):
         self.params, self.rank, self.ranks = params, rank, ranks
         self.n = sum(p.numel() for p in params)
         self.shard_size = -(-self.n // ranks)               # rounded up: the last shard is padded
-        flat = torch.cat([p.detach().flatten() for p in params])
-        self.master = nn.Parameter(self.shard(flat).float().clone())
+        self.flat = self.flatten([p.detach() for p in params])
+        start = 0
+        for p in params:
+            p.data = self.flat.as_strided(p.shape, p.stride(), start)
+            start += p.numel()
+        self.master = nn.Parameter(self.shard(self.flat).float().clone())
         self.adamw = torch.optim.AdamW([self.master], fused=True, **options)
 
+    def flatten(self, tensors: list[Tensor]) -> Tensor:
+        """
+        Tensors of the parameters' shapes -> one flat vector, padded with zeros: the elements of
+        each in the order in which the parameter has them in memory (channels_last or not).
+        """
+        rows = []
+        for p, x in zip(self.params, tensors):
+            axes = sorted(range(p.ndim), key=p.stride, reverse=True)
+            rows.append(x.permute(axes).flatten())
+        padding = rows[0].new_zeros(self.ranks * self.shard_size - self.n)
+        return torch.cat([*rows, padding])
+
     def shard(self, flat: Tensor) -> Tensor:
-        """This rank's shard (shard_size,) of a flat vector (n,)."""
-        mine = flat[self.rank * self.shard_size:(self.rank + 1) * self.shard_size]
-        return nnf.pad(mine, (0, self.shard_size - len(mine)))
+        """This rank's shard (shard_size,) of a flat vector."""
+        return flat[self.rank * self.shard_size:(self.rank + 1) * self.shard_size]
 
     @torch.no_grad()
     def step(self, lr: float, scale: Tensor) -> None:
         """One update with `scale` times the parameters' gradients."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        flat = torch.cat([g.flatten() for g in gradients])
-        self.master.grad = self.shard(flat).float() * scale
+        self.master.grad = self.shard(self.flatten(gradients)).float().mul_(scale)
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
         self.master.grad = None
 
-        mine = self.master.detach().to(self.params[0].dtype)
-        flat = mine
+        mine = self.shard(self.flat).copy_(self.master)
         if self.ranks > 1:
-            flat = mine.new_empty(self.ranks * self.shard_size)
-            dist.all_gather_into_tensor(flat, mine)
-        sizes = [p.numel() for p in self.params]
-        for p, x in zip(self.params, flat[:self.n].split(sizes)):
-            p.copy_(x.view(p.shape))
+            dist.all_gather_into_tensor(self.flat, mine.clone())
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of this rank's shard: step (), all else (shard_size,)."""
@@ -651,14 +659,14 @@ class Run:
         """
         loss = self.world.all_reduce(loss)
         gradients = [p.grad for p in self.optimizer.params if p.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norms = torch._foreach_norm(gradients, 2, torch.float32)
         norm = torch.stack(norms).norm()
         lr = learning_rate(self.current, self.config)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             limit = self.config.max_grad_norm or math.inf
             self.optimizer.step(lr, (limit / (norm + 1e-6)).clamp(max=1.0))
-            weights = torch._foreach_norm([p.detach() for p in self.optimizer.params])
+            weights = [bucket.flat.norm() for bucket in self.optimizer.buckets]
             if not torch.isfinite(torch.stack(weights)).all():
                 self.fail(f"step {self.current} has made weights that are not finite")
         self.optimizer.zero_grad()

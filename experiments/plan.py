@@ -225,10 +225,13 @@ def plan_ddt(config: ddt.Config, ranks: int) -> Plan:
     encoder = measure(lambda: tokenizer.encoder(latent), tokenizer)
     decoder = measure(lambda: tokenizer.decoder(latent, t, tokens, k), tokenizer)
 
-    flops = frozen_vae.flops + training_flops(encoder.flops + decoder.flops)
+    flops, memory = training_flops(encoder.flops + decoder.flops), training_memory(tokenizer, ranks)
+    if config.frames < len(train.scenarios(config.scenario)) * config.clips * FRAMES:
+        memory["latents"] = config.frames * latent[0].nbytes                    # see ddt.Latents
+    else:
+        flops += frozen_vae.flops
     activations = {"activations": encoder.kept + decoder.kept}
-    return Plan(training_memory(tokenizer, ranks), activations, config.batch * config.queries,
-                flops * config.batch / b)
+    return Plan(memory, activations, config.batch * config.queries, flops * config.batch / b)
 
 
 def meta_ddt(config: ddt.Config) -> DDT:
@@ -257,11 +260,12 @@ def trains_vae(config: ddt.Config) -> bool:
 
 
 @functools.cache
-def meta_tokenizer(name: str, preset: str) -> nn.Module:
-    """--tokenizer: the DDT or VQGAN that a preset describes."""
+def meta_tokenizer(name: str, preset: str, scenario: str) -> nn.Module:
+    """--tokenizer: the DDT or VQGAN that a preset describes, for the motion --scenario."""
     check(name in ("ddt", "vqgan"), f"--tokenizer {name}: choose ddt or vqgan")
     if name == "ddt":
-        return meta_ddt(ddt.Config(**{"preset": preset} | ddt.PRESETS[preset]))
+        return meta_ddt(ddt.Config(**{"preset": preset} | ddt.PRESETS[preset]
+                                   | {"scenario": scenario}))
     check(preset in vqgan.PRESETS, f"--tokenizer vqgan: it has no preset {preset}")
     with torch.device("meta"):
         return vqgan.VQGAN(vqgan.Config(**vqgan.PRESETS[preset]))
@@ -272,7 +276,8 @@ def meta_tokenizer(name: str, preset: str) -> nn.Module:
 
 def plan_sft(config: sft.Config, ranks: int) -> Plan:
     """sft.py: the training of the language model on clips of S tokens."""
-    S = 1 + FRAMES * meta_tokenizer(config.tokenizer, config.preset).config.queries
+    tokenizer = meta_tokenizer(config.tokenizer, config.preset, config.scenario)
+    S = 1 + FRAMES * tokenizer.config.queries
     batch = config.batch + sft.replayed(config)             # clips and number sequences
     b = largest_micro_batch(batch, ranks, config.micro_batch)
     c, dtype = llama_config(config, S), getattr(torch, config.dtype)
@@ -335,7 +340,7 @@ def plan_grpo(config: grpo.Config, ranks: int) -> Plan:
     if (folder / "model.safetensors").exists():
         base.llm = str(folder)
         base.dtype = checkpoint.read_json(folder / "trained.json").get("dtype", base.dtype)
-    tokenizer = meta_tokenizer(config.tokenizer, preset)
+    tokenizer = meta_tokenizer(config.tokenizer, preset, config.scenario)
     c = llama_config(base, 1 + FRAMES * tokenizer.config.queries)
     return plan_for(config, ranks, c, getattr(torch, base.dtype), tokenizer)
 

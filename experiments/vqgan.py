@@ -180,6 +180,7 @@ def train_vqgan(config: Config, world: train.World) -> VQGAN:
             means = {name: world.all_reduce(out[name].sum()) / B for name in ("mse", "commitment")}
             run.log(**means, **quantizer.usage(codes))
 
+    quantizer.number()
     checkpoint.finish(folder, vqgan.save, config, vqgan, world)
     return vqgan.eval().requires_grad_(False)
 

@@ -27,7 +27,8 @@ from lm import LLAMA31_ROPE
 ROOT = Path(__file__).parents[1]
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"experiments"}
 COPIES = {                                  # part: the names that are copied, itself the last
-    "EMAVectorQuantizer": "ddt.all_reduce ddt.all_gather ddt.EMAVectorQuantizer",
+    "EMAVectorQuantizer": "ddt.all_reduce ddt.all_gather ddt.closed_path "
+                          "ddt.EMAVectorQuantizer",
     "QFormer": "ddt.sincos ddt.sincos_2d ddt.patchify ddt.Modulation ddt.Stream ddt.QFormer",
     "MMDiT": "ddt.sincos ddt.sincos_2d ddt.patchify ddt.unpatchify ddt.modulate ddt.TokenLinear "
              "ddt.Modulation ddt.Stream ddt.MMDiT",
@@ -163,6 +164,7 @@ def run_quantizer(module, folder):
         quantizer.update(z=z.flatten(0, 1).detach(), codes=codes.flatten())
         results += [out, codes, commitment, z]
     usage = quantizer.usage(codes.flatten())
+    quantizer.number()
     return [*results, *quantizer.state_dict().values(), torch.tensor([*usage.values()])]
 
 

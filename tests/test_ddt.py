@@ -427,6 +427,42 @@ def test_codebook_and_crowding_of_two_ranks_are_that_of_one(tmp_path):
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dim", [2, 3, 16])
+def test_closed_path_goes_round_a_circle(dim):
+    """Shuffled points of a circle in any dimension, none in a gap of 40 degrees."""
+    degrees = 20 + 320 * torch.rand(256, generator=seeded(1)).double()
+    angle = degrees.deg2rad()
+    plane = torch.linalg.qr(noisy(dim, 2, seed=2).double()).Q                   # (dim, 2)
+    points = torch.stack([angle.cos(), angle.sin()], -1) @ plane.T
+    order = ddt.closed_path(points)
+    found = degrees[order]
+    assert torch.equal(found, degrees.sort(descending=bool(found[0] > found[-1])).values)
+
+
+def test_closed_path_is_about_the_shortest():
+    """A 12 x 12 grid: 144 steps of 1 are the least; the nearest point alone needs 26 % more."""
+    rows, columns = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
+    points = torch.stack([rows, columns], -1).flatten(0, 1)
+    points = points[torch.randperm(144, generator=seeded())]
+    path = points[ddt.closed_path(points)]
+    assert len(path.unique(dim=0)) == 144
+    assert (path - path.roll(-1, 0)).norm(dim=-1).sum() < 1.1 * 144
+
+
+def test_numbering_changes_no_reconstruction(tokenizer):
+    codes = tokenizer.encode(frames())
+    decoded, quantizer = tokenizer.decode(codes, generator=seeded()), tokenizer.quantizer
+    tied = torch.cat([quantizer.codebook, quantizer.count[:, None], quantizer.sum], 1)
+    quantizer.number()
+    renumbered = tokenizer.encode(frames())
+    assert not torch.equal(renumbered, codes)
+    assert torch.equal(tokenizer.decode(renumbered, generator=seeded()), decoded)
+    rows = torch.cat([quantizer.codebook, quantizer.count[:, None], quantizer.sum], 1)
+    assert torch.equal(rows.unique(dim=0), tied.unique(dim=0))          # what belongs together
+    steps = (quantizer.codebook - quantizer.codebook.roll(-1, 0)).norm(dim=-1)
+    assert steps.argmax() == 255                            # from the last code to the first
+
+
 # ------------------------------------------------------------------ the flow
 
 
@@ -552,8 +588,42 @@ def stream_parameters(width, inner, condition=0, last=False):
     return attention + mlp + norms
 
 
+@pytest.mark.parametrize("argv, K", [
+    ("", 3), ("--scenario parabola", 3), ("--scenario collision", 6), ("--scenario all", 6),
+    ("--scenario all --queries 4", 4), ("--preset small --scenario uniform", 8),
+    ("--preset paper", 16), ("--queries 0 --scenario collision", 6)])
+def test_tokens_per_frame(argv, K):
+    """Three per ball, or what preset or flag say; a stage that is missing gets the same."""
+    c = train.parse(Config, PRESETS, argv.split())
+    assert c.queries == K
+    if "queries" not in argv:
+        assert train.stage_config("ddt", Config, PRESETS, c).queries == K
+
+
+def test_latents_are_encoded_once(tokenizer, monkeypatch):
+    """As many as `frames`, the same in each start; all frames: none are kept."""
+    world, encoded = train.World(0, 1, torch.device("cpu")), []
+    latent = DDT.latent
+    monkeypatch.setattr(DDT, "latent", lambda self, x: encoded.append(len(x)) or latent(self, x))
+    c = config(clips=4, frames=100)
+    latents, again = (ddt.Latents(tokenizer, c, world) for _ in range(2))
+    assert len(latents) == 100 and sum(encoded) == 200
+    assert torch.equal(latents.kept, again.kept)
+    other = ddt.Latents(tokenizer, config(clips=4, frames=100, seed=1), world)
+    assert not torch.equal(latents.kept, other.kept)
+
+    encoded.clear()
+    every = ddt.Latents(tokenizer, config(clips=4, frames=128), world)
+    assert len(every) == 128 and every.kept is None and not encoded
+    whole = every[torch.arange(128)].flatten(1)
+    kept = latents[torch.arange(100)].flatten(1)
+    distance = (kept[:, None] - whole).norm(dim=-1)         # (100, 128)
+    assert distance.amin(1).max() < 1e-4                    # each is the latent of a frame,
+    assert len(distance.argmin(1).unique()) == 100          # and no frame comes twice
+
+
 @pytest.mark.parametrize("preset, millions, patches", [
-    ("tiny", (0.490, 1.656), 16),
+    ("tiny", (0.490, 1.655), 16),
     ("small", (6.166, 41.221), 64),
     ("paper", (12.489, 111.101), 256)], ids=["tiny", "small", "paper"])
 def test_presets_have_the_parameters_the_comment_says(preset, millions, patches):

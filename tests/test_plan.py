@@ -81,10 +81,11 @@ def test_plan_of_8b_by_hand():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_of_grpo_by_hand(betas, checkpointing):
     """In passes over the rollouts, of which each has so many FLOPs as its products."""
-    c, P, G, K = LlamaConfig(300, 64, 160, 3, 4, 4, 16, n_visual=256), 6, 4, 4
+    c, P, G, K = LlamaConfig(300, 64, 160, 3, 4, 4, 16, n_visual=256), 6, 4, 3
     config = grpo.Config(prompts=P, group=G, micro_batch=3, beta_pretrain=betas[0],
                          beta_numbers=betas[1], checkpointing=checkpointing)
-    planned = plan.plan_for(config, 2, c, torch.float32, plan.meta_tokenizer("ddt", "tiny"))
+    tokenizer = plan.meta_tokenizer("ddt", "tiny", "uniform")
+    planned = plan.plan_for(config, 2, c, torch.float32, tokenizer)
     matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160) + 256 * 64
     clip = 32 * K * 2 * matrices + 4 * 3 * 64 * (32 * K) ** 2   # FLOPs of one clip
     trained = 4 if checkpointing else 3

@@ -357,6 +357,20 @@ def test_adamw_is_torchs(limit, buckets):
     assert len(optimizer.buckets) == buckets
 
 
+def test_weights_keep_their_layout():
+    """channels_last weights stay so, and get the gradient of their own elements."""
+    ours = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+    theirs = copy.deepcopy(ours)
+    optimizer = train.AdamW(ours)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        p.grad = q.grad = torch.randn(p.shape)
+    optimizer.step(0.1, torch.tensor(1.0))
+    torch.optim.AdamW(theirs.parameters(), 0.1, eps=1e-8, weight_decay=0.0).step()
+    assert ours.weight.stride() == theirs.weight.stride() != torch.empty(3, 2, 2, 2).stride()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q)
+
+
 def test_bf16_weights_need_masters():
     """At lr 3e-6 they follow fp32 weights with masters, and hardly move without."""
     torch.manual_seed(0)
