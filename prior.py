@@ -53,7 +53,7 @@ class Config:
     seed: int = 0               # seed of weights and number sequences
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
-    # number sequences
+    # data
     hands: str = "2,3,4"        # numbers of interleaved hands, in turn from step to step
     length: int = 96            # numbers per sequence, of all hands together
     still: float = 0.4          # share of the hands that stand still
