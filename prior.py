@@ -18,7 +18,6 @@ Choices (measured: docs/RESULTS.md)
 4. `<out>/llm` is a Hugging Face folder, like that of any Llama; numbers.json lists the words' ids.
 
     python prior.py                     # trains <out>/llm
-    python prior.py --slowest 3 --fastest 7 --out runs/narrow       # hands as fast as SFT's balls
 
 Expected at `tiny` on 2 CPU cores: 2 to 3 minutes.
 
@@ -53,7 +52,7 @@ class Config:
     seed: int = 0               # seed of weights and number sequences
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
-    # number sequences
+    # data
     hands: str = "2,3,3,4"      # numbers of interleaved hands, in turn from step to step
     length: int = 96            # numbers per sequence, of all hands together
     still: float = 0.4          # share of the hands that stand still

@@ -165,7 +165,12 @@ def sft_row(run: Path) -> dict:
     return row
 
 
-ROWS = {"vae": ("ground truth", "VAE"), "ddt": ("DDT",), "sft": ("SFT",)}
+ROWS = {"llm": (), "vae": ("ground truth", "VAE"), "ddt": ("DDT",), "sft": ("SFT",)}
+
+
+def prior_of(run: Path) -> list[str]:
+    """["llm"], or [] if the run has no prior (sft.py --llm)."""
+    return ["llm"] if (run / "llm").is_dir() else []
 
 
 def fork(run: Path, place: Path, *names: str) -> Path:
@@ -177,6 +182,7 @@ def fork(run: Path, place: Path, *names: str) -> Path:
     if not place.exists():
         part = place.with_name(place.name + ".part")        # renamed when it is whole
         shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         for name in names:
             no_log = shutil.ignore_patterns("log.jsonl")
             shutil.copytree(run / name, part / name, ignore=no_log)
@@ -418,8 +424,8 @@ def order(config: Config, folder: Path) -> str:
     found: dict[str, list[list[Tensor]]] = {}
     for run in run_folders(config):
         check_run(run, "sft")
-        tokenizer, place = load(run, "ddt"), run / "reverse"
         sft_row(run)                                        # fails before hours of training
+        tokenizer, place = load(run, "ddt"), fork(run, run / "reverse", *prior_of(run))
         own = tokenizer.config.order
         other = {"forward": "reverse", "reverse": "forward"}[own]
         tokenizer.config.order = other
@@ -675,7 +681,7 @@ def train_policy(run: Path, name: str, change: dict, clips: int) -> Path:
     """
     change = dict(change)
     sft_steps = change.pop("sft_steps", 0)
-    copied = ("vae", "ddt") if sft_steps else ("vae", "ddt", "sft")
+    copied = (*prior_of(run), "vae", "ddt") if sft_steps else ("vae", "ddt", "sft")
     place = fork(run, run / "rl" / name.replace(" ", "-"), *copied)
     if sft_steps:
         train_sft(sft_config(run, steps=sft_steps, out=str(place)))
@@ -756,7 +762,7 @@ def figure3(config: Config, folder: Path) -> str:
     for n in SIZES[settings["preset"]]:
         place = run
         if n != settings["clips"]:
-            place = fork(run, run / "clips" / str(n), "vae", "ddt")
+            place = fork(run, run / "clips" / str(n), *prior_of(run), "vae", "ddt")
             train_sft(sft_config(run, clips=n, out=str(place)))
         line = f"{n:9d}"
         for scenario, splits in sft_row(place).items():

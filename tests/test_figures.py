@@ -61,12 +61,14 @@ def out(tmp_path_factory):
     torch.nn.init.normal_(video.patch_out.weight, std=0.1)
     video.save(folder / "dit")
     sources = {"ddt": folder / "ddt" / MODEL}
-    for name, stage in (("sft", sft), ("grpo", grpo)):
+    configs = {"sft": sft.Config(seed=3, clips=12, lr=1e-4, llm="none"),
+               "grpo": grpo.Config(seed=3, clips=12, lr=1e-4)}
+    for name, config in configs.items():
         shape = LlamaConfig(257, 32, 48, 2, 4, 2, 8, n_visual=256, bos_token_id=0)
         Llama(shape).save(folder / name)
         sums = {source: checksum(path) for source, path in sources.items()}
         write_json(folder / name / "provenance.json", sums)
-        settings = dataclasses.asdict(stage.Config(seed=3, clips=12, lr=1e-4))
+        settings = dataclasses.asdict(config)
         kept = {k: v for k, v in settings.items() if k not in checkpoint.FREE_FIELDS}
         write_json(folder / name / "trained.json", kept)
         sources[name] = folder / name / MODEL
@@ -263,7 +265,8 @@ def test_order(out, capsys, few):
     forward = line_of("forward")
     assert forward.split()[:3] == ["uniform,", "forward", "1"]
     assert forward.count("1.000 +- 0.500") == 4
-    assert few == [sft.Config(seed=3, clips=12, lr=1e-4, out=str(out / "reverse"))]
+    assert few == [sft.Config(seed=3, clips=12, lr=1e-4, llm="none",
+                              out=str(out / "reverse"))]
     tokenizer, reverse = (DDT.load(place / "ddt") for place in (out, out / "reverse"))
     frames = torch.rand(4, 3, 16, 16, generator=seeded(1))
     assert torch.equal(tokenizer.encode(frames), reverse.encode(frames).flip(1))
@@ -273,6 +276,15 @@ def test_order(out, capsys, few):
     assert line_of("reverse").split()[2] == "1" and model.stat().st_mtime_ns == before
     for name in ("sft", "ddt"):
         assert checksum(out / name / MODEL) != checksum(out / "reverse" / name / MODEL)
+
+
+def test_a_fork_takes_the_prior_along(out, tmp_path):
+    run = shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("rl", "clips"))
+    assert figures.prior_of(run) == []
+    shutil.copytree(run / "sft", run / "llm")
+    place = figures.fork(run, tmp_path / "place", *figures.prior_of(run), "vae")
+    assert {path.name for path in place.iterdir()} == {"llm", "vae", "results.json"}
+    assert checksum(place / "llm" / MODEL) == checksum(run / "llm" / MODEL)
 
 
 def test_figure_3(out, few, monkeypatch):
@@ -307,7 +319,8 @@ def test_rl(out, capsys, few, monkeypatch):
     assert len(rows["usual"]) == 2 + 3 + 6 * 3              # 3 numbers, 6 with +-
     usual, other = out / "rl" / "usual", out / "rl" / "other"
     assert few[0] == [f"--out={usual}", "--seed=3"]
-    assert few[1] == sft.Config(seed=3, clips=12, lr=1e-4, steps=1000, out=str(other))
+    assert few[1] == sft.Config(seed=3, clips=12, lr=1e-4, llm="none", steps=1000,
+                                out=str(other))
     assert few[2] == ["--horizon=2", "--whole_clip", f"--out={other}", "--seed=3"]
     config = read_json(other / "grpo" / "trained.json")
     assert (config["horizon"], config["whole_clip"], config["seed"]) == (2, True, 3)

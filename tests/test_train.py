@@ -150,7 +150,7 @@ def test_help_of_a_config(capsys):
     assert "optimization: --lr FLOAT peak learning rate (default: 0.0001)" in text
 
 
-STAGES = ("vae", "ddt", "sft", "grpo", "experiments.vqgan", "experiments.dit")
+STAGES = ("prior", "vae", "ddt", "sft", "grpo", "experiments.vqgan", "experiments.dit")
 HEADINGS = {"run", "data", "model", "loss", "rollout", "diffusion", "optimization", "evaluation"}
 
 

@@ -1,0 +1,150 @@
+"""
+The control: language models of perfect tokens. What is lost here is not the tokenizer's fault.
+
+A frame has three tokens, which are measured instead of learnt: x, y and radius of its ball, each in
+256 steps. To decode them is to paint that ball. Everything else is as in sft.py and grpo.py.
+
+    {random weights, prior, prior with replay} x {SFT, SFT + RL}: drift_error on every split
+
+    python -m experiments.ideal                             # three seeds
+    python -m experiments.ideal --seeds 0 --sft_steps 400   # one seed, a shorter SFT
+
+Everything is kept in runs/ideal/<seed>: what is done is not done again.
+
+Axes: B frames, V codes, H W pixels.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import evaluate
+import grpo
+import prior
+import reward
+import sft
+import sim
+import train
+from checkpoint import check
+from lm import Llama
+from sim import WORLD
+
+V = 256
+LARGEST = 2.5               # units: radius of code 255; 0 is "no ball in view"
+SPLITS = ("pretrain", "posttrain", "iid", "slow", "fast", "small", "large")
+MODELS = {                  # what SFT starts from, and whether numbers are mixed in
+    "random weights": dict(llm="none", replay=0.0),
+    "prior": dict(replay=0.0),
+    "prior with replay": dict(),
+}
+
+
+@dataclass
+class Config:
+    # run
+    preset: str = "tiny"        # the stages' preset: tiny
+    out: str = "runs/ideal"     # a run folder for each seed is made in it
+    seeds: str = "0,1,2"        # seeds of weights and data, with commas between them
+    seed: int = 0               # not used: see seeds
+    # data
+    clips: int = 6000           # training clips of SFT
+    eval_clips: int = 128       # clips per split of the table
+    size: int = 32              # pixels per side of the painted frames
+    # optimization
+    prior_steps: int = 1200     # optimizer steps of the prior
+    sft_steps: int = 1000       # optimizer steps of SFT
+    grpo_steps: int = 30        # optimizer steps of GRPO; 0: none
+
+
+PRESETS = {"tiny": {}}
+
+
+class Ideal:
+    """A tokenizer with the methods of ddt.DDT that sft.py and grpo.py use."""
+
+    def __init__(self, size: int):
+        self.config = SimpleNamespace(queries=3, size=size)
+        self.quantizer = SimpleNamespace(codebook=prior.circle(V))
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """frames (B, 3, H, W) -> codes (B, 3) of x, y and radius; all 0 if no ball is found."""
+        center, radius, found = reward.detect(frames[:, None], n_balls=1)       # (B, 1, 1, ...)
+        measured = torch.cat([center[:, 0, 0] / WORLD, radius[:, 0] / LARGEST], -1)     # (B, 3)
+        codes = ((V - 1) * measured).round().clamp(0, V - 1)
+        return torch.where(found[:, 0], codes, 0).long()
+
+    def decode(self, codes: Tensor, generator=None) -> Tensor:
+        """codes (B, 3) -> frames (B, 3, H, W): the ball, painted. Nothing is drawn at random."""
+        x, y, radius = (codes / (V - 1)).unbind(-1)                             # (B,) each
+        position = WORLD * torch.stack([x, y], -1)[:, None, None]               # (B, 1, 1, 2)
+        radius = LARGEST * radius[:, None]                                      # (B, 1)
+        least = torch.full_like(radius, sim.LEAST_RADIUS)
+        frames = sim.render(position, radius.maximum(least), self.config.size)[:, 0]
+        return torch.where((radius > 0)[..., None, None], frames, 1.0)          # white: no ball
+
+
+def train_all(config: Config, seed: int, world: train.World) -> Path:
+    """Trains and evaluates all models of a seed -> the file of their results."""
+    place = Path(config.out, str(seed))
+    tokenizer = Ideal(config.size)
+    path = place / "results.json"
+    prior.run_stage(prior.Config(out=str(place), seed=seed, steps=config.prior_steps), world)
+
+    def add_row(name: str, model: Llama) -> None:
+        predict = sft.predictor(model.to(world.device), tokenizer)
+        evaluate.add_row(path, name, predict, ["uniform"], SPLITS, config.eval_clips,
+                         size=config.size, device=world.device)
+
+    for name, flags in MODELS.items():
+        out = place / name.replace(" ", "-")
+        checkpoint.writable(out / "ideal")                  # of which the stages note the checksum
+        checkpoint.write_safetensors(out / "ideal" / "model.safetensors",
+                                     {"codebook": tokenizer.quantizer.codebook}, {})
+        same = dict(out=str(out), seed=seed, tokenizer="ideal")
+        flags = {"llm": str(place / "llm")} | flags
+        sft_config = sft.Config(clips=config.clips, steps=config.sft_steps, **same | flags)
+        if name == "prior":
+            add_row("prior, no clip seen", sft.starting_model(sft_config, tokenizer, world))
+        if not checkpoint.is_trained(out / "sft", sft_config, world):
+            sft.train_sft(sft_config, tokenizer, world)
+        reference = sft.load(out / "sft").to(world.device).requires_grad_(False)
+        add_row(f"{name}: SFT", reference)
+        if config.grpo_steps:
+            betas = {} if name == "prior with replay" else {"beta_numbers": 0.0}
+            grpo_config = grpo.Config(steps=config.grpo_steps, **same | betas)
+            if not checkpoint.is_trained(out / "grpo", grpo_config, world):
+                grpo.train_grpo(grpo_config, tokenizer, reference, world)
+            add_row(f"{name}: SFT + RL", sft.load(out / "grpo"))
+    return path
+
+
+def table(paths: list[Path]) -> str:
+    """drift_error of every model and split: mean over the seeds, and the least and largest."""
+    of_seeds = [evaluate.read_results(path) for path in paths]
+    lines = [" " * 30 + "".join(f"{split:>20s}" for split in SPLITS)]
+    for row in of_seeds[0]:
+        line = f"{row:30s}"
+        for split in SPLITS:
+            errors = torch.tensor([x[row]["uniform"][split]["drift_error"] for x in of_seeds])
+            line += f"{errors.mean():8.3f} ({errors.min():.2f}-{errors.max():.2f})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = train.parse(Config, PRESETS, argv)
+    seeds = config.seeds.split(",")
+    check(all(seed.isdecimal() for seed in seeds), f"--seeds {config.seeds}: whole numbers with "
+          "commas between them, such as 0,1,2")
+    check(str(evaluate.EVAL_SEED) not in seeds, f"--seeds {config.seeds}: {evaluate.EVAL_SEED} is "
+          "that of the held-out clips")
+    world = train.start(config.seed, config.out)
+    check(world.size == 1, "run this on one rank")
+    print(table([train_all(config, int(seed), world) for seed in seeds]))
+
+
+if __name__ == "__main__":
+    train.cli(main)
