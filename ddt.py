@@ -523,14 +523,14 @@ class MMDiT(nn.Module):
     def forward(self, latent: Tensor, t: Tensor, tokens: Tensor, k: Tensor) -> Tensor:
         """
         latent (B, C, h, w), t (B,), tokens (B, K, code_dim), k (B,) visible tokens -> x_0 (B, C, h,
-        w). Tokens from k on are masked as keys in every block: they have exactly no
-        influence.
+        w). t and k may be (1,), the same for all. Tokens from k on are masked as keys in every
+        block: they have exactly no influence.
         """
         visible = torch.arange(tokens.shape[1], device=k.device) < k[:, None]   # (B, K)
         x = self.latent_in(patchify(latent, self.patch)) + self.position        # (B, L, D)
         y = self.token_in(tokens) + self.token_position                         # (B, K, D)
         condition = self.time(sincos(1000 * t, 256).to(x.dtype))                # (B, D)
-        mask = torch.cat([visible.new_ones(x.shape[:2]), visible], 1)           # (B, L + K)
+        mask = nnf.pad(visible, (x.shape[1], 0), value=True)                    # (B, L + K)
         mask = mask[:, None, None]                                              # (B, 1, 1, L + K)
         for image, token in zip(self.image_blocks, self.token_blocks):
             x, y = self.block(image, token, x, y, condition, mask)
@@ -685,7 +685,7 @@ class DDT(nn.Module):
         """
         grid = torch.linspace(1, 0, steps + 1, device=x.device)
         for u, u_next in zip(grid[:-1], grid[1:]):
-            t, k = self.times(u.expand(len(x)))
+            t, k = self.times(u[None])                      # (1,): the same for all
             t_next = self.times(u_next)[0]
             clean = self.decoder(x, t, tokens, k)
             x = clean + (t_next / t)[:, None, None, None] * (x - clean)
