@@ -22,6 +22,7 @@ from torch import nn
 import checkpoint
 import ddt
 import evaluate
+import sim
 import train
 import vae
 from checkpoint import UserError
@@ -378,10 +379,36 @@ def test_spread_begins_when_the_plateau_is_left():
     for mse_noise in (1.0, 0.1):
         model.mse_noise.fill_(mse_noise)
         out = model(latent, torch.ones(6), noise)
-        spread = c.spread * out["crowding"] if mse_noise < c.noise_below else 0
-        expected = out["mse"] + c.commitment * out["commitment"] + spread
+        expected = out["mse"] + c.commitment * out["commitment"]
+        if mse_noise < c.noise_below:
+            expected = expected + c.spread * out["crowding"] + c.slow * out["slowness"]
         torch.testing.assert_close(out["loss"], expected)
     assert c.spread > 0 and (out["crowding"] < 0).all()
+    assert c.slow > 0 and (out["slowness"] > 0.02).all()
+
+
+def test_slowness():
+    """Of each pair alone; it prefers one token that moves to two that move less."""
+    z = nnf.normalize(noisy(6, 3, 4), dim=-1)
+    expected = torch.tensor([[math.dist(z[i, k], z[i ^ 1, k]) for k in range(3)] for i in range(6)])
+    assert torch.allclose(ddt.slowness(z), expected.mean(1), atol=2e-3)
+    same = z[:1].expand(2, -1, -1).clone().requires_grad_()
+    value = ddt.slowness(same)
+    value.sum().backward()
+    assert value.tolist() == pytest.approx([0.02, 0.02]) and same.grad.isfinite().all()
+
+    def moved(*angles):             # tokens on a circle, turned from one frame to the next
+        a = torch.tensor([[0.0] * len(angles), angles])
+        return ddt.slowness(torch.stack([a.cos(), a.sin()], -1))[0].item()
+    both = 0.5 ** 0.5 * 0.4
+    assert moved(0.4, 0.0) < 0.8 * moved(both, both)        # equal, if distances were squared
+
+
+def test_micro_batches_keep_pairs_together():
+    x = torch.arange(22).view(22, 1)
+    parts = ddt.split(x, 4)
+    assert [len(part) for part in parts] == [6, 6, 6, 4]
+    assert torch.equal(torch.cat(parts), x)
 
 
 def quantize(world):
@@ -607,19 +634,29 @@ def test_latents_are_encoded_once(tokenizer, monkeypatch):
     monkeypatch.setattr(DDT, "latent", lambda self, x: encoded.append(len(x)) or latent(self, x))
     c = config(clips=4, frames=100)
     latents, again = (ddt.Latents(tokenizer, c, world) for _ in range(2))
-    assert len(latents) == 100 and sum(encoded) == 200
+    assert len(latents) == 50 and sum(encoded) == 200
     assert torch.equal(latents.kept, again.kept)
     other = ddt.Latents(tokenizer, config(clips=4, frames=100, seed=1), world)
     assert not torch.equal(latents.kept, other.kept)
 
     encoded.clear()
     every = ddt.Latents(tokenizer, config(clips=4, frames=128), world)
-    assert len(every) == 128 and every.kept is None and not encoded
-    whole = every[torch.arange(128)].flatten(1)
-    kept = latents[torch.arange(100)].flatten(1)
-    distance = (kept[:, None] - whole).norm(dim=-1)         # (100, 128)
-    assert distance.amin(1).max() < 1e-4                    # each is the latent of a frame,
-    assert len(distance.argmin(1).unique()) == 100          # and no frame comes twice
+    pairs = 4 * (sim.FRAMES - 1)
+    assert len(every) == pairs and every.kept is None and not encoded
+    whole = every[torch.arange(pairs)].flatten(1)
+    kept = latents[torch.arange(50)].flatten(1)
+    distance = (kept[:, None] - whole).norm(dim=-1)         # (50, pairs)
+    assert distance.amin(1).max() < 1e-4                    # each is that of a pair,
+    assert len(distance.argmin(1).unique()) == 50           # and no pair comes twice
+
+
+def test_latents_are_those_of_a_frame_and_the_next(tokenizer):
+    world, c = train.World(0, 1, torch.device("cpu")), config(clips=4, frames=128)
+    latents, frames = ddt.Latents(tokenizer, c, world), vae.Frames(c, "cpu")
+    expected = tokenizer.latent(frames[torch.arange(len(frames))]).unflatten(0, (4, sim.FRAMES))
+    pairs = latents[torch.arange(len(latents))].unflatten(0, (4, sim.FRAMES - 1))
+    assert torch.allclose(pairs[:, :, 0], expected[:, :-1], atol=1e-5)
+    assert torch.allclose(pairs[:, :, 1], expected[:, 1:], atol=1e-5)
 
 
 @pytest.mark.parametrize("preset, millions, patches", [
