@@ -41,23 +41,28 @@ class Tokenizer:
 
     backend: BPE or SentencePiece. added: the tokens that are cut out of a text, with the fields
     that they have in tokenizer.json. bos: id of the token that texts begin with. first_code: id of
-    code 0, by default the first free one.
+    code 0, by default the first free one. Some folders add a token behind the model's vocabulary
+    (padding, often): a text that holds it is refused.
     """
 
     def __init__(self, backend, added: list[dict], bos: int | None = None,
                  first_code: int | None = None, n_visual: int = 256):
         self.backend, self.bos = backend, bos
-        self.size = max(backend.ids | {token["id"] for token in added}) + 1
-        self.first_code = self.size if first_code is None else first_code
-        if self.first_code < self.size:
-            raise ValueError(f"the tokenizer has {self.size} tokens, the model's vocabulary only "
-                             f"{self.first_code}")
+        ids = backend.ids | {token["id"] for token in added}
+        self.first_code = max(ids) + 1 if first_code is None else first_code
+        if max(backend.ids) >= self.first_code:
+            raise ValueError(f"the tokenizer has {max(ids) + 1} tokens, the model's vocabulary "
+                             f"only {self.first_code}")
+        self.size = max(i for i in ids if i < self.first_code) + 1
+        added = [token if token["id"] < self.first_code else token | {"id": None}
+                 for token in added]
         self.codes = {f"<|code_{i}|>": self.first_code + i for i in range(n_visual)}
-        added = [*added, *(added_token(name, i) for name, i in self.codes.items())]
+        added += [added_token(name, i) for name, i in self.codes.items()]
         self.raw = {token["content"]: token for token in added if not token["normalized"]}
         self.normalized = {backend.normalize(token["content"]): token for token in added
                            if token["normalized"]}              # looked for in normalized text
-        self.names = {token["id"]: name for name, token in (self.raw | self.normalized).items()}
+        self.names = {token["id"]: name for name, token in (self.raw | self.normalized).items()
+                      if token["id"] is not None}
         self.ids = backend.ids | self.names.keys()
         if bos is not None and bos not in self.ids:
             raise ValueError(f"the begin-of-text id {bos} stands for no token")
@@ -91,6 +96,7 @@ class Tokenizer:
             backend, added, bos = read(path, settings, listed, codes.get("first_code"))
             added = merge_added(listed, added, backend)
             bos = begin_of_text(settings, bos, backend, added)
+            added += unlisted(settings, added, backend)
             return cls(backend, added, bos, **codes)
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} cannot be used ({type(error).__name__}: {error})") from None
@@ -131,19 +137,26 @@ def cut_out(tokens: dict[str, dict], text: str) -> Iterator[tuple[int, str, int 
     pattern = "|".join(map(re.escape, longest_first)) or "(?!)"      # (?!): matches nothing
     for match in re.finditer(pattern, text):
         token, (start, stop) = tokens[match[0]], match.span()
-        beside = text[:start][-1:] + text[stop:][:1]
-        if token["single_word"] and re.search(r"\w", beside):
+        if token["single_word"] and any(map(in_word, text[:start][-1:] + text[stop:][:1])):
             continue
+        if token["id"] is None:
+            raise ValueError(f"{match[0]!r} has no id in this model's vocabulary")
         if token["lstrip"]:                                     # takes the spaces before it along
-            start = max(end, len(text[:start].rstrip()))
+            start = max(end, len(text[:start].rstrip(WHITE)))
         if token["rstrip"]:
-            stop = len(text) - len(text[stop:].lstrip())
+            stop = len(text) - len(text[stop:].lstrip(WHITE))
         if start > end:
             yield end, text[end:start], None
         yield start, match[0], token["id"]
         end = stop
     if end < len(text):
         yield end, text[end:], None
+
+
+def in_word(c: str) -> bool:
+    """Unicode's \\w, which unlike Python's has accents that combine, and no fractions."""
+    kind = unicodedata.category(c)
+    return kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or c in "\u200c\u200d"
 
 
 # ------------------------------------------------------------------ byte-pair encoding
@@ -285,7 +298,7 @@ _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_WORDS = _WORDS.replace("DIGITS", "{1,3}")
 QWEN2_WORDS = _WORDS.replace("DIGITS", "")
-WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"     # Unicode's \s
+WHITE = "".join(c for c in map(chr, range(65536)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")
 BYTE = re.compile("<0x[0-9A-F]{2}>")         # a byte as a token of byte_fallback
 ANY, FLAG = None, [False, True]
 
@@ -321,7 +334,8 @@ def check_fields(what: str, part: dict, **allowed) -> None:
 
 
 def refuse(what: str, part: dict):
-    raise ValueError(f"its {what} {json.dumps(part, ensure_ascii=False)} is not supported")
+    raise ValueError(f"its {what} {json.dumps(part, ensure_ascii=False)} is not supported (only "
+                     "those of Llama 2, Llama 3 and Qwen2)")
 
 
 def normalize(text: str, part: dict | None) -> str:
@@ -433,7 +447,18 @@ def tokenizer_json(path: Path, settings: dict, listed: list[dict],
     if len(ids) > 1:
         raise ValueError("its post_processor begins texts with more than one token")
     added = [added_token(**token) for token in raw.get("added_tokens") or []]
-    return BPE(raw), added, ids[0] if ids else None
+    backend = BPE(raw)
+    size = len(backend.vocab)               # tokenizers gives new tokens the next ids, and no other
+    listed = sorted(listed, key=lambda token: token["id"])
+    for name, i in {token["content"]: token["id"] for token in [*added, *listed]}.items():
+        if name not in backend.vocab and i != size:
+            raise ValueError(f"added token {name!r} has the id {i}, but the next one is {size}")
+        size = max(size, i + 1)
+    spaced = split(backend.normalize("a"), backend.pre_tokenizer, True) != ["a"]
+    if settings.get("add_prefix_space") not in (None, spaced):
+        raise ValueError(f"it has add_prefix_space = {spaced}, tokenizer_config.json "
+                         f"{not spaced}: make them agree")
+    return backend, added, ids[0] if ids else None
 
 
 def before_text(part: dict | None) -> list[int]:
@@ -540,6 +565,26 @@ def merge_added(listed: list[dict], added: list[dict], backend) -> list[dict]:
         if tokens.setdefault(i, name) != name:
             raise ValueError(f"id {i} is that of {tokens[i]!r} and of added token {name!r}")
     return [*merged.values()]
+
+
+def unlisted(settings: dict, added: list[dict], backend) -> list[dict]:
+    """Special tokens that only tokenizer_config.json names. As in transformers they are added."""
+    named = [settings.get(f"{kind}_token")
+             for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or []
+        named += more.values() if isinstance(more, dict) else more
+    ids = backend.vocab | {token["content"]: token["id"] for token in added}
+    known, new = {token["content"] for token in added}, []
+    for token in named:
+        fields = dict(token) if isinstance(token, dict) else {"content": token}
+        fields.pop("__type", None)
+        name = fields.get("content")
+        if name and name not in known:
+            known.add(name)
+            ids.setdefault(name, max(ids.values()) + 1)
+            new.append(added_token(id=ids[name], **fields))
+    return new
 
 
 def begin_of_text(settings: dict, bos: int | None, backend, added: list[dict]) -> int | None:

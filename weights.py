@@ -186,7 +186,7 @@ def refuse_windows(raw: dict) -> None:
     """In a Qwen2, layers from max_window_layers on may attend to the last few tokens only."""
     window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
     if raw.get("use_sliding_window") and window is not None and not raw.get("layer_types") \
-            and first < raw["num_hidden_layers"]:
+            and first < raw["num_hidden_layers"] and window < raw["max_position_embeddings"]:
         raise ValueError(f"use_sliding_window = true is not supported: {window} tokens in layers "
                          f"from {first} (max_window_layers) on")
 
@@ -295,7 +295,9 @@ def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -
         put(model, own_head[0], EMBEDDING, own_head[1], dtype, device)
         wanted.remove(EMBEDDING)
     if wanted:
-        raise ValueError(f"{folder} lacks {len(wanted)} tensors, the first of them {min(wanted)}")
+        tied = ': if its head is the embedding, set "tie_word_embeddings": true in config.json'
+        raise ValueError(f"{folder} lacks {len(wanted)} tensors, the first of them {min(wanted)}"
+                         f"{tied if wanted == {HEAD} else ''}")
     if own_head and not is_equal(model.head, own_head[1]):      # so it is not tied
         model.config = dataclasses.replace(config, tie_word_embeddings=False)
         model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
@@ -343,7 +345,8 @@ def hugging_face_tensors(folder: Path, model: Llama) -> Iterator[tuple[Path, str
                     if not extra and not REPEATED.search(name):
                         yield path, name, file.get_tensor(stored)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error})") from None
+            raise ValueError(f"{path} cannot be read ({error}): if it was not downloaded whole, "
+                             "download it again (git: git lfs pull)") from None
 
 
 def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
@@ -379,6 +382,8 @@ def other_format(folder: Path) -> str:
     if any(folder.glob("pytorch_model*.bin")):
         return (", only pytorch_model*.bin: to convert it, run transformers' AutoModelForCausalLM."
                 f"from_pretrained('{folder}').save_pretrained('{folder}')")
+    if any(folder.glob("model*-of-*.safetensors")):
+        return f", only shards without their {INDEX}: download that too"
     others = [*folder.glob("*.safetensors"), *folder.glob("*.pth"), *folder.glob("*.gguf")]
     return f", only {others[0].name}: convert it to Hugging Face's layout" if others else ""
 

@@ -430,6 +430,87 @@ def test_every_way_to_split_a_token_may_be_listed(tmp_path):
     assert tokenizer.encode("abcbcab") == [258, 257, 256] and tokenizer.size == 259
 
 
+def with_added(token: dict):
+    """A change: one more added token, whose id is the next one."""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return lambda raw: raw["added_tokens"].append(plain | {"content": "<x>", "special": False}
+                                                  | token)
+
+
+NEXT = max(token["id"] for token in answers("qwen2.json")["added_tokens"]) + 1
+# what tokenizers 0.23.3 cuts out: white space is Unicode's, without the separators U+001C..1F
+# that Python counts; letters are Unicode's, with accents that combine and without fractions
+CUT = {"lstrip": [("a \x85\u3000<x>", ["a", NEXT]), ("a\x1c <x>", ["a\x1c", NEXT]),
+                  ("a\u200b<x>", ["a\u200b", NEXT])],
+       "rstrip": [("<x>\u2028\t!", [NEXT, "!"]), ("<x>\x1f!", [NEXT, "\x1f!"])],
+       "single_word": [("\u00bd<x>\u00b2", ["\u00bd", NEXT, "\u00b2"]), ("_<x>", ["_<x>"]),
+                       ("<x>\u0345", ["<x>\u0345"]), ("\u2167<x>", ["\u2167<x>"]),
+                       ("<x>\u200d", ["<x>\u200d"]), ("-<x>.", ["-", NEXT, "."])]}
+
+
+@pytest.mark.parametrize("flag", CUT)
+def test_what_stands_beside_an_added_token(flag, tmp_path):
+    tokenizer = fixture(tmp_path, "qwen2", with_added({"id": NEXT, flag: True}))
+    for sample, parts in CUT[flag]:
+        ids = [[part] if isinstance(part, int) else tokenizer.backend.encode(part, True)
+               for part in parts]
+        assert tokenizer.encode(sample) == sum(ids, []), ascii(sample)
+
+
+def test_ids_that_tokenizers_would_not_give(tmp_path):
+    """tokenizers 0.23.3 gives an added token the next id, whatever the file says."""
+    assert fixture(tmp_path, "qwen2", with_added({"id": NEXT})).encode("<x>") == [NEXT]
+    message = f"'<x>' has the id {NEXT + 9}, but the next one is {NEXT}"
+    with pytest.raises(ValueError, match=message):
+        fixture(tmp_path, "qwen2", with_added({"id": NEXT + 9}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": NEXT + 9}))
+    with pytest.raises(ValueError, match=message):
+        fixture(tmp_path, "qwen2")
+
+
+@pytest.mark.parametrize("name, spaced", [("qwen2", False), ("llama3", False),
+                                          ("llama2-prepend", True), ("llama2-metaspace", True),
+                                          ("prefix-space", True)])
+def test_two_values_of_add_prefix_space(name, spaced, tmp_path):
+    for value in (None, spaced, not spaced):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": value}))
+        if value in (None, spaced):
+            fixture(tmp_path, name)
+        else:
+            with pytest.raises(ValueError, match="add_prefix_space.*make them agree"):
+                fixture(tmp_path, name)
+
+
+@pytest.mark.parametrize("settings, ids", [
+    ({"pad_token": "[PAD]"}, [NEXT, "<x>", "!"]),
+    ({"additional_special_tokens": ["<x>"], "pad_token": "[PAD]"}, [NEXT, NEXT + 1, "!"]),
+    ({"extra_special_tokens": {"image_token": "<x>"}}, ["[PAD]", NEXT, "!"]),
+    ({"eos_token": {"__type": "AddedToken", "content": "<x>", "special": True}},
+     ["[PAD]", NEXT, "!"]),
+    ({"bos_token": "", "eos_token": None, "unk_token": "!"}, ["[PAD]<x>", 0])])
+def test_special_tokens_of_tokenizer_config_are_added(settings, ids, tmp_path):
+    """As in transformers 5.24, in the order of its names: bos, eos, unk, pad, then the others."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = fixture(tmp_path, "qwen2")
+    expected = [[part] if isinstance(part, int) else tokenizer.backend.encode(part, True)
+                for part in ids]
+    assert tokenizer.encode("[PAD]<x>!") == sum(expected, [])
+
+
+def test_tokens_behind_the_vocabulary(tmp_path):
+    """As the <pad> of some copies of Llama 2: 32000, where the model has 32000 rows."""
+    shutil.copy(FIXTURES / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 300}')
+    config_file(tmp_path, 300, 1)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.size == tokenizer.first_code == 300
+    assert tokenizer.encode("<|code_0|>") == [1, 300] and tokenizer.decode([300]) == "<|code_0|>"
+    with pytest.raises(ValueError, match="'<pad>' has no id in this model's vocabulary"):
+        tokenizer.encode("ball<pad>")
+    config_file(tmp_path, 301, 1)
+    assert Tokenizer.load(tmp_path).encode("<pad>") == [1, 300]
+
+
 def test_special_tokens_keep_their_names(tmp_path):
     qwen_files(tmp_path)
     first = len(RANKS)

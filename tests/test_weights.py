@@ -200,6 +200,7 @@ def test_other_rope_types_are_named(tmp_path, rope_type, key):
     ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, True),
     ({"use_sliding_window": True, "max_window_layers": 2}, True),
     ({"use_sliding_window": True, "max_window_layers": 1}, False),
+    ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 256}, True),
     ({"layer_types": ["full_attention"] * 2, "use_sliding_window": True, "max_window_layers": 1},
      True),
     ({"layer_types": ["full_attention", "sliding_attention"]}, False)])
@@ -314,6 +315,7 @@ def test_a_variant_is_read_where_it_is_alone(tmp_path):
 @pytest.mark.parametrize("name, remedy", [
     ("pytorch_model.bin", "from_pretrained.*save_pretrained"),
     ("pytorch_model-00001-of-00002.bin", "from_pretrained.*save_pretrained"),
+    ("model-00001-of-00002.safetensors", f"shards without their {INDEX}: download"),
     ("consolidated.safetensors", "only consolidated.safetensors: convert"),
     ("a.gguf", "only a.gguf: convert"), ("training_args.bin", "no model.safetensors$")])
 def test_other_formats_are_named(tmp_path, name, remedy):
@@ -321,6 +323,19 @@ def test_other_formats_are_named(tmp_path, name, remedy):
     with pytest.raises(ValueError, match=f"{tmp_path} has no model.safetensors.*") as error:
         Llama.load(tmp_path)
     assert re.search(remedy, str(error.value))
+
+
+def test_a_head_that_may_be_tied_is_named(tmp_path):
+    with pytest.raises(ValueError, match="lm_head.weight: .*tie_word_embeddings"):
+        Llama.load(edited(tmp_path, tensors=lambda t: t.pop("lm_head.weight")))
+    with pytest.raises(ValueError, match=f"{NORM}$"):
+        Llama.load(edited(tmp_path, tensors=lambda t: t.pop(NORM)))
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (edited(tmp_path) / "model.safetensors").write_text("version https://git-lfs.github.com/")
+    with pytest.raises(ValueError, match="model.safetensors.*git lfs pull"):
+        Llama.load(tmp_path)
 
 
 def test_an_adapter_is_named(tmp_path):
