@@ -27,6 +27,7 @@ hand, the old model is the stage's model again.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import socket
@@ -127,8 +128,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value) -> None:
+    """NaN, which JSON does not have, becomes null."""
+    text = json.dumps(map_leaves(lambda x: None if x != x else x, value))
     with replacing(path) as part:
-        part.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def nan_for_null(value):
+    """What `write_json` was given, from what `read_json` returns of it."""
+    return map_leaves(lambda x: math.nan if x is None else x, value)
+
+
+def map_leaves(change: Callable, value):
+    """A copy, with change(x) for every x in its lists and dictionaries."""
+    if isinstance(value, dict):
+        return {name: map_leaves(change, x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_leaves(change, x) for x in value]
+    return change(value)
 
 
 def read_json(path: Path, remedy: str = "delete it", fields: Iterable[str] = ()) -> dict:
@@ -493,6 +510,8 @@ def check_provenance(folder: Path, **sources: Path) -> dict[str, str]:
     now = {name: checksum(path) for name, path in sources.items()}
     then = check_files(folder) if has_model(folder) else newest_manifest(folder).get("sources")
     for name in now if then and isinstance(then, dict) else ():
+        if then.get(name) != now[name]:
+            check_files(sources[name].parent)       # or else it is that which is damaged
         check(then.get(name) == now[name], f"{folder} was trained from another {name} than "
               f"{sources[name].parent}: train it again with `{command(folder.name)} --fresh "
               f"--out {folder.parent}`, or choose another --out")

@@ -874,8 +874,7 @@ def ensure(config, world: train.World) -> DDT:
         world.print0(f"{folder} is missing: training it first. {EXPECTED.get(config.preset, '')}")
         run_stage(train.stage_config("ddt", Config, PRESETS, config), world)
     weights = vae_stage.weights_of(config.out)
-    if weights.exists():
-        checkpoint.check_provenance(folder, vae=weights)
+    checkpoint.check_provenance(folder, **({"vae": weights} if weights.exists() else {}))
     tokenizer = DDT.load(folder).to(world.device)
     check_scenario(config, tokenizer, folder)
     report(config, tokenizer, world)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import reward
 import sim
-from checkpoint import UserError, checksums, read_json, write_json
+from checkpoint import UserError, checksums, nan_for_null, read_json, write_json
 from sim import CONDITION, FRAMES
 
 Predictor = Callable[[Tensor], Tensor]      # the first frames of clips -> all their frames
@@ -154,8 +154,9 @@ def read_results(path: Path) -> dict:
     with damage(path):
         for row in results.values():
             for by_split in row.values():
-                for result in by_split.values():
+                for split, result in by_split.items():
                     result.keys()                     # a dictionary, as all those around it
+                    by_split[split] = nan_for_null(result)
     return results
 
 

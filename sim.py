@@ -476,6 +476,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="runs/sim", help="folder (default: runs/sim)")
     args = parser.parse_args(argv)
     import pictures                                               # here: it imports sim itself
+    from checkpoint import UserError, writable
     try:
         if not SIZES[0] <= args.size <= SIZES[1]:
             raise ValueError(f"--size {args.size}: use {SIZES[0]} to {SIZES[1]} pixels")
@@ -486,13 +487,13 @@ def main(argv: list[str] | None = None) -> None:
             frames = render(clips.position, clips.radius, args.size)
             error = (clips.position - closed_form(clips)).norm(dim=-1).max()
             names = [f"{args.split} {i + 1}" for i in range(len(clips))]
-            path = Path(args.out, scenario)
+            path = writable(Path(args.out)) / scenario
             pictures.save_gif(path.with_suffix(".gif"), {"": frames}, names)      # side by side
             rows = dict(zip(names, frames[:, None]))
             pictures.save_strip(path.with_suffix(".png"), rows, [""])             # a row per clip
             print(f"{scenario:10s} {args.out}/{scenario}.gif, .png   4 {args.split} clips, "
                   f"at most {error:.4f} units from the closed form")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UserError) as error:
         parser.error(str(error))
 
 

@@ -129,6 +129,7 @@ def parse(Config, presets: dict[str, dict], argv: list[str] | None):
     defaults = Config(**presets.get(preset, {}))
 
     parser = _parser(Config, defaults)
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")       # -1e-3, too
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{field.name}" for field in dataclasses.fields(Config)]
@@ -615,6 +616,9 @@ class Run:
                  show: tuple[str, ...] = ("loss",), sources: dict[str, str] | None = None):
         self.folder, self.model, self.config, self.world = folder, model, config, world
         self.show, self.sources = show, sources
+        preset = getattr(config, "preset", "tiny")
+        if preset != "tiny" and world.device.type == "cpu":
+            world.print0(f"--preset {preset} is meant for a GPU: on this CPU it takes very long")
         self.optimizer = AdamW(model, (config.beta1, config.beta2), config.eps,
                                config.weight_decay, world.rank, world.size)
         self.first = checkpoint.resume(folder, model, self.optimizer, config, world)

@@ -46,7 +46,7 @@ import sft
 import sim
 import train
 import vae
-from checkpoint import UserError, check, checksum, read_json, write_json
+from checkpoint import UserError, check, checksum, nan_for_null, read_json, write_json
 from ddt import DDT, MODEL
 from evaluate import EVAL_SEED
 from experiments.dit import DiT
@@ -157,7 +157,7 @@ def train_sft(config: sft.Config) -> None:
 
 def sft_row(run: Path) -> dict:
     """SFT's row of a run's table: scenario -> split -> result. Raises UserError if not whole."""
-    row = read_json(run / "results.json").get("SFT", {})
+    row = evaluate.read_results(run / "results.json").get("SFT", {})
     for scenario in motions(run, "sft"):
         missing = [split for split in evaluate.SPLITS if split not in row.get(scenario, {})]
         check(not missing, f"{run}/results.json has no whole row of SFT: `python sft.py --out "
@@ -180,7 +180,7 @@ def fork(run: Path, place: Path, *names: str) -> Path:
         for name in names:
             no_log = shutil.ignore_patterns("log.jsonl")
             shutil.copytree(run / name, part / name, ignore=no_log)
-        known = read_json(run / "results.json")
+        known = evaluate.read_results(run / "results.json")
         rows = [row for name in names for row in ROWS[name] if row in known]
         write_json(part / "results.json", {row: known[row] for row in rows})
         part.rename(place)
@@ -315,7 +315,7 @@ def predictions(run: Path, name: str, config: Config, samples: int = 0) -> dict[
             splits = ("iid", *sim.levels(scenario))
             evaluate.add_row(path, row, predict, [scenario], splits, 4 * config.clips, size=size,
                              device=DEVICE)
-    results = read_json(path)
+    results = evaluate.read_results(path)
     return {row: results[row] for row in predictors}
 
 
@@ -568,7 +568,7 @@ def ablation(config: Config, folder: Path) -> str:
                 measured = quality(Path(c.out), config.clips)
                 known = done[run] = {"of": of, "clips": config.clips, "quality": measured}
                 write_json(path, done)
-            rows.append(known["quality"])
+            rows.append(nan_for_null(known["quality"]))
         x = torch.tensor(rows, dtype=torch.float64)         # (seeds, measures)
         line = f"{name:38s}{c.steps:5d}"
         for mean, error in zip(x.mean(0), x.std(0) / math.sqrt(len(rows))):
@@ -596,7 +596,7 @@ def quality(run: Path, clips: int) -> list[float]:
     """
     model, scenario = load(run, "ddt"), "uniform"
     center, used = ddt.center_error(model, scenario, DEVICE, 4 * clips)
-    row = read_json(run / "results.json")["DDT"][scenario]["iid"]
+    row = evaluate.read_results(run / "results.json")["DDT"][scenario]["iid"]
     held_out = sim.sample(scenario, "iid", 4 * clips, EVAL_SEED)
     frames = sim.render(held_out.position, held_out.radius, model.config.size)
     frames = frames[held_out.inside.all(-1)]
@@ -691,7 +691,7 @@ def train_policy(run: Path, name: str, change: dict, clips: int) -> Path:
 
 def change_by_rl(place: Path, split: str, measure: str) -> Tensor:
     """SFT + RL minus SFT, clip by clip (B,); clips in which no frame counts are left out."""
-    results = read_json(place / "results.json")
+    results = evaluate.read_results(place / "results.json")
     before, after = (torch.tensor(results[row]["uniform"][split]["each"][measure])
                      for row in STAGES.values())
     difference = after - before

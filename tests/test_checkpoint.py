@@ -631,3 +631,14 @@ def test_a_stage_knows_what_it_started_from(tmp_path):
     before = {path: path.read_bytes() for path in stage.iterdir()}
     assert start(fresh=True) != sums                        # may train, and deletes nothing
     assert {path: path.read_bytes() for path in stage.iterdir()} == before
+
+
+def test_a_damaged_source_is_named_itself(tmp_path):
+    """Not the stage that was trained from it: training that again would start from the damage."""
+    config, sources = Config(steps=2), {"ddt": tmp_path / "ddt" / "model.safetensors"}
+    checkpoint.finish(checkpoint.writable(tmp_path / "ddt"), save, config, mlp(), ALONE)
+    sums = checkpoint.start_stage(tmp_path / "sft", config, ALONE, **sources)
+    checkpoint.finish(tmp_path / "sft", save, config, mlp(), ALONE, sums)
+    checkpoint.write_safetensors(sources["ddt"], {"x": torch.zeros(9)}, {})
+    with pytest.raises(UserError, match="ddt/model.safetensors is not what .*python ddt.py"):
+        checkpoint.check_provenance(tmp_path / "sft", **sources)

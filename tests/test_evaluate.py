@@ -261,6 +261,30 @@ def test_half_a_row_is_one_line(tmp_path, damage):
         evaluate.difference(path, "SFT", "SFT + RL")
 
 
+def test_nan_is_null_in_the_file(tmp_path, monkeypatch):
+    """JSON has no NaN: a clip that does not count, an error of one clip alone."""
+    def strict(text):
+        return json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+    def all_but_one(*args, plain=reward.errors):
+        errors = plain(*args)
+        errors["velocity_error"][1:] = errors["drift_error"][1:] = math.nan
+        return errors
+    monkeypatch.setattr(reward, "errors", all_but_one)
+    path = tmp_path / "results.json"
+    for row in ("SFT", "SFT + RL"):
+        evaluate.add_row(path, row, freeze, ["uniform"], ("iid",), 3, size=16)
+    stored = strict(path.read_text())["SFT"]["uniform"]["iid"]
+    assert stored["n"] == 1 and stored["drift_error_se"] is None
+    assert stored["each"]["drift_error"][1:] == [None, None]
+    read = evaluate.read_results(path)["SFT"]["uniform"]["iid"]
+    assert math.isnan(read["drift_error_se"]) and math.isnan(read["each"]["drift_error"][2])
+    assert read["reward"] == stored["reward"] and read["of"] == stored["of"]
+    assert "nan" in evaluate.table(path) and "nan" in evaluate.difference(path, "SFT", "SFT + RL")
+    evaluate.drop_older(path, {"sft": "0"})
+    strict(path.read_text())
+
+
 def test_results_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "results.json").mkdir()
     with pytest.raises(UserError, match="results.json is damaged .*directory"):

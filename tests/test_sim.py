@@ -476,3 +476,10 @@ def test_command_refuses(arguments, culprit, tmp_path, capsys):
     complaint = [line for line in lines if "error" in line.lower()]
     assert stopped.value.code == 2 and complaint == lines[-1:] and culprit in complaint[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_command_names_a_picture_that_it_cannot_write(tmp_path, capsys):
+    (tmp_path / "uniform.gif").mkdir()
+    with pytest.raises(SystemExit):
+        sim.main(["--out", str(tmp_path), "--size", "16"])
+    assert "uniform.gif" in capsys.readouterr().err.splitlines()[-1]

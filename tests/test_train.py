@@ -119,6 +119,8 @@ def test_parse_defaults_and_overrides():
     ("--steps 0", ("--steps", "0")),
     ("--batch 0", ("--batch", "0")),
     ("--lr -0.1", ("--lr", "-0.1")),
+    ("--lr -1e-3", ("--lr", "-0.001", "at least 0")),
+    ("--lr -inf", ("--lr", "at least 0")),
     ("--lr nan", ("--lr", "nan")),
     ("--lr inf", ("--lr", "inf")),
     ("--beta2 1", ("--beta2", "1.0")),
@@ -177,6 +179,12 @@ def test_help_of_a_stage(name, preset, capsys):
             default, kind = getattr(defaults, field.name), field.type.__name__.upper()
             assert f"--{field.name} {kind} {comment}" in section
             assert default == "" or f"{comment} (default: {default})" in section
+
+
+@pytest.mark.parametrize("preset, said", [("tiny", False), ("large", True)])
+def test_a_large_preset_on_a_cpu_is_said(tmp_path, capsys, preset, said):
+    fit(tmp_path, Config(preset=preset, steps=1))
+    assert ("meant for a GPU" in capsys.readouterr().out) == said
 
 
 def test_interrupting_says_how_to_go_on(capsys):
