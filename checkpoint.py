@@ -97,10 +97,13 @@ def lock(folder: Path, world) -> None:
         except OSError as error:            # Lustre without the option flock, some NFS
             print(f"{folder} cannot be locked ({error.strerror}): going on; no other process may "
                   "train in it", flush=True)
-        file.truncate(0)
-        file.write(f"{socket.gethostname()} {os.getpid()} {time.time_ns()}\n")
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.truncate(0)
+            file.write(f"{socket.gethostname()} {os.getpid()} {time.time_ns()}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror})") from None
         _locked[str(folder)] = file
     world.barrier()
     found = path.read_text(encoding="utf-8") if path.exists() else ""

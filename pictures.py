@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoint import replacing
 from evaluate import EVAL_SEED, Predictor
-from sim import CONDITION, DT, WORLD, Clips, render, sample, to_uint8
+from sim import CONDITION, DT, WORLD, Clips, check_frames, render, sample, to_uint8
 
 INK = (30, 30, 30)
 GREY = (190, 190, 190)
@@ -52,6 +52,7 @@ def _true_balls(truth, i, f):
 
 def _draw_frame(frame, balls, side, given):
     """A frame (3, H, W) with the outlines of balls and a border, which is blue if it is given."""
+    check_frames(frame)
     pixels = to_uint8(frame).permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(pixels).resize((side, side), Image.BICUBIC)
     draw = ImageDraw.Draw(picture)

@@ -23,6 +23,11 @@ Expected at `tiny` on 2 CPU cores: 2 to 3 minutes.
 
 Axes: B sequences, F frames, K tokens of a frame (here: hands), S = 1 + F K, V codes, D width.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
+
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -34,7 +39,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import train
-from checkpoint import check
+from checkpoint import UserError, check
 from lm import Llama, LlamaConfig, generate
 from sim import CONDITION, FRAMES
 from vae import check_ranges, millions
@@ -138,7 +143,7 @@ def number_sequences(n: int, K: int, F: int, generator: torch.Generator, still: 
 
 def corpus_of(folder: Path) -> dict[str, float]:
     """Parameters of the number sequences that the model in `folder` has read ({}: the defaults)."""
-    return checkpoint.read_json(Path(folder, NUMBERS)).get("corpus", {})
+    return checkpoint.read_json(Path(folder, NUMBERS), "restore it").get("corpus", {})
 
 
 def circle(n: int = PLACES) -> Tensor:
@@ -307,18 +312,25 @@ def continuation_error(model: Llama, speed: float, K: int = 3, n: int = 32) -> f
 # ------------------------------------------------------------------ the stage
 
 
-def ensure(config, world: train.World) -> Path:
-    """The folder of the model for a later stage with `config`: <out>/llm, trained if missing."""
+def load(folder: Path, **sources: Path) -> Llama:
+    """A trained model. UserError if it was trained from other weights (name=path) than these."""
+    folder = Path(folder)
+    checkpoint.check_provenance(folder, **sources)
+    try:
+        return Llama.load(folder).eval()
+    except ValueError as error:
+        raise UserError(f"{error}: {checkpoint.remedy(folder)}") from None
+
+
+def ensure(config, world: train.World) -> None:
+    """Trains <out>/llm for a later stage with `config`, unless it is there."""
     folder = Path(config.out, "llm")
     if checkpoint.has_model(folder):
         checkpoint.check_files(folder)
-        return folder
-    check(config.preset in PRESETS, f"{folder} is missing, and prior.py has no preset "
-          f"{config.preset}: train it with `python prior.py --out {config.out}`")
-    world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
-    same = {name: getattr(config, name) for name in ("preset", "out", "seed")}
-    run_stage(Config(**PRESETS[config.preset] | same), world)
-    return folder
+    else:
+        prior_config = train.stage_config("llm", Config, PRESETS, config)
+        world.print0(f"{folder} is missing: training it first. {EXPECTED[config.preset]}")
+        run_stage(prior_config, world)
 
 
 def numbers_of_hands(config: Config) -> list[int]:
@@ -326,8 +338,8 @@ def numbers_of_hands(config: Config) -> list[int]:
     try:
         return [int(number) for number in config.hands.split(",")]
     except ValueError:
-        raise checkpoint.UserError(f"--hands {config.hands}: whole numbers with commas between "
-                                   "them, such as 2,3,4") from None
+        raise UserError(f"--hands {config.hands}: whole numbers with commas between them, "
+                        "such as 2,3,4") from None
 
 
 def check_config(c: Config) -> None:
@@ -350,8 +362,7 @@ def run_stage(config: Config, world: train.World) -> None:
     check_config(config)
     folder = Path(config.out, "llm")
     if checkpoint.is_trained(folder, config, world):
-        checkpoint.check_files(folder)
-        model = Llama.load(folder, device=world.device).eval()
+        model = load(folder).to(world.device)
     else:
         model = train_prior(config, world)
     if world.is_main:

@@ -48,8 +48,8 @@ import train
 from checkpoint import UserError, check
 from ddt import DDT
 from lm import Llama, generate
-from prior import (NextToken, circle, corrupt_inputs, nearest_codes, new_shape, number_sequences,
-                   sequence)
+from prior import (NextToken, circle, corrupt_inputs, load, nearest_codes, new_shape,
+                   number_sequences, sequence)
 from sim import CONDITION, FRAMES
 from vae import check_data, check_ranges, frames_per_call, millions
 from weights import is_meta, read_config, weight_files
@@ -239,7 +239,7 @@ def init_code_embeddings(model: Llama, folder: Path) -> str:
 
 def number_words(folder: Path, n: int) -> list[list[int]]:
     """Ids of the tokens that spell each of the numbers 0 .. n - 1. ValueError for no tokenizer."""
-    if words := checkpoint.read_json(folder / prior.NUMBERS):
+    if words := checkpoint.read_json(folder / prior.NUMBERS, "restore it", ["ids"]):
         if len(words["ids"]) < n:
             raise ValueError(f"{folder / prior.NUMBERS} has words for {len(words['ids'])} numbers, "
                              f"there are {n} codes")
@@ -340,16 +340,6 @@ def knows_numbers(config) -> bool:
     """Whether the SFT model of <out> started from one that had read numbers."""
     flags = checkpoint.read_json(Path(config.out, "sft", "trained.json"))
     return flags.get("llm") != "none"
-
-
-def load(folder: Path, **sources: Path) -> Llama:
-    """A trained model. UserError if it was trained from other weights (name=path) than these."""
-    folder = Path(folder)
-    checkpoint.check_provenance(folder, **sources)
-    try:
-        return Llama.load(folder).eval()
-    except ValueError as error:
-        raise UserError(f"{error}: {checkpoint.remedy(folder)}") from None
 
 
 def ensure(config, tokenizer: DDT, world: train.World) -> Llama:

@@ -452,7 +452,7 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
 def check_frames(frames: Tensor) -> None:
     """ValueError unless frames are floats in [0, 1], or so little outside as noise would be."""
     if not isinstance(frames, Tensor) or not frames.is_floating_point():
-        kind = getattr(frames, "dtype", type(frames).__name__)
+        kind = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
         raise ValueError(f"frames are {kind}: give a tensor of floats in [0, 1]")
     if not frames.numel():
         raise ValueError(f"frames of shape {tuple(frames.shape)}: there is none")

@@ -567,6 +567,11 @@ def merge_added(listed: list[dict], added: list[dict], backend) -> list[dict]:
     return [*merged.values()]
 
 
+def all_ids(backend, added: list[dict]) -> dict[str, int]:
+    """Token -> id, added tokens included."""
+    return backend.vocab | {token["content"]: token["id"] for token in added}
+
+
 def unlisted(settings: dict, added: list[dict], backend) -> list[dict]:
     """Special tokens that only tokenizer_config.json names. As in transformers they are added."""
     named = [settings.get(f"{kind}_token")
@@ -574,7 +579,7 @@ def unlisted(settings: dict, added: list[dict], backend) -> list[dict]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(key) or []
         named += more.values() if isinstance(more, dict) else more
-    ids = backend.vocab | {token["content"]: token["id"] for token in added}
+    ids = all_ids(backend, added)
     known, new = {token["content"] for token in added}, []
     for token in named:
         fields = dict(token) if isinstance(token, dict) else {"content": token}
@@ -593,7 +598,7 @@ def begin_of_text(settings: dict, bos: int | None, backend, added: list[dict]) -
     if wanted is None or wanted and name is None:
         return bos
     name = name["content"] if isinstance(name, dict) else name
-    ids = backend.vocab | {token["content"]: token["id"] for token in added}
+    ids = all_ids(backend, added)
     if wanted and name not in ids:
         raise ValueError(f"bos_token {name!r} of tokenizer_config.json is no token")
     return ids[name] if wanted else None

@@ -48,7 +48,6 @@ from typing import Iterable, Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as nnf
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -187,11 +186,14 @@ def _check_number(field: dataclasses.Field, value) -> None:
 def stage_config(name: str, Config, presets: dict[str, dict], config, **more):
     """
     The Config with which a later stage (`config`) trains an earlier one, `name`, that is missing:
-    its defaults in the same preset, the same run folder, seed and motions, and the fields `more`.
+    its defaults in the same preset, the same run folder, seed and (if it has any) motions, and the
+    fields `more`.
     """
-    check(config.preset in presets, f"{Path(config.out, name)} is missing, and {name} has no "
-          f"preset {config.preset}: train it with `{checkpoint.command(name)} --out {config.out}`")
-    same = {field: getattr(config, field) for field in ("preset", "out", "seed", "scenario")}
+    command, own = checkpoint.command(name), {field.name for field in dataclasses.fields(Config)}
+    check(config.preset in presets, f"{Path(config.out, name)} is missing, and `{command}` has no "
+          f"preset {config.preset}: train it with `{command} --out {config.out}`")
+    fields = own & {"preset", "out", "seed", "scenario"}
+    same = {field: getattr(config, field) for field in fields}
     return Config(**presets[config.preset] | same | more)
 
 
@@ -368,19 +370,6 @@ def threads_are_set() -> bool:
     return False                                            # macOS
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """
-    nn.Linear's forward on the CPU, (B, L, D) -> (B, L, D_out): as a convolution with a 1 x 1 kernel
-    over L places. Convolutions are oneDNN's, which uses AVX-512 on every CPU that has it; matrix
-    products are MKL's, which on AMD's CPUs does not, and is half as fast.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim != 3 or min(x.shape[:2]) < 8:
-        return nnf.linear(x, layer.weight, layer.bias)
-    places = x[:, :, None].permute(0, 3, 1, 2)              # (B, D, L, 1), channels_last
-    y = nnf.conv2d(places, layer.weight[:, :, None, None], layer.bias)          # (B, D_out, L, 1)
-    return y.permute(0, 2, 3, 1)[:, :, 0]
-
-
 def start(seed: int, out: str = "") -> World:
     """
     Joins torchrun's process group if there is one, chooses the device, seeds torch, and makes and
@@ -398,7 +387,6 @@ def start(seed: int, out: str = "") -> World:
     else:
         device = torch.device("cpu")
         torch.set_flush_denormal(True)      # CPUs are ten times slower with denormal numbers
-        nn.Linear.forward = linear
     if not threads_are_set():
         n = cores() // local_size if size > 1 else min(cores(), torch.get_num_threads())
         torch.set_num_threads(max(1, n))

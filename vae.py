@@ -61,11 +61,11 @@ class Config:
     levels: int = 3             # resolutions, each half the one before: 3 make a latent of size / 4
     latent: int = 4             # channels of the latent
     # optimization
-    steps: int = 150            # optimizer steps
+    steps: int = 400            # optimizer steps
     batch: int = 64             # frames per step, over all ranks
     micro_batch: int = 0        # frames per backward pass and rank; 0: the whole shard at once
     lr: float = 2e-3            # peak learning rate
-    warmup: int = 25            # steps of linear warm-up, before a cosine to zero
+    warmup: int = 66            # steps of linear warm-up, before a cosine to zero
     beta1: float = 0.9          # AdamW: decay of the mean of gradients
     beta2: float = 0.99         # AdamW: decay of the mean of their squares
     eps: float = 1e-8           # AdamW: added to the root of the mean square

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lm import CONFIGS, LLAMA31_ROPE, Llama, LlamaConfig
+from lm import CONFIGS, LLAMA31_ROPE, Llama, LlamaConfig, is_positive
 
 # ------------------------------------------------------------------ the architecture
 
@@ -145,6 +145,13 @@ def refuse_others(raw: dict, known: set[str], fixed: dict, where: str = "") -> N
             raise ValueError(f"{said}: only {json.dumps(fixed[key])}")
 
 
+def check_numbers(raw: dict, keys: set[str]) -> None:
+    """Raises ValueError for a field that is no positive number: others are computed from it."""
+    for key in sorted(keys & raw.keys()):
+        if not is_positive(raw[key]):
+            raise ValueError(f"{key} = {raw[key]!r}: it must be a positive number")
+
+
 def config_from_json(raw: dict) -> LlamaConfig:
     """From config.json of a Llama or Qwen2, as transformers 4 or 5 writes it."""
     kind = raw.get("model_type")
@@ -154,6 +161,7 @@ def config_from_json(raw: dict) -> LlamaConfig:
         raise ValueError("quantization_config: quantized weights are not supported, use the "
                          "model that they were made from")
     raw = DEFAULTS[kind] | raw
+    check_numbers(raw, {"hidden_size", "num_attention_heads", "num_hidden_layers"})
     is_qwen = kind == "qwen2"
     known = FOLLOWED | NEUTRAL
     if is_qwen or raw.get("use_sliding_window") is False:
@@ -238,6 +246,7 @@ def config_from_meta(raw: dict, rows: int) -> LlamaConfig:
     if raw.get("vocab_size", -1) not in (-1, rows):             # -1 in Llama 2
         raise ValueError(f"vocab_size = {raw['vocab_size']}, but the embedding has {rows} rows")
     raw = {key: value for key, value in raw.items() if value is not None}
+    check_numbers(raw, META_FOLLOWED - {"vocab_size", "use_scaled_rope"})
     width, heads = raw["dim"], raw["n_heads"]
     multiple = raw.get("multiple_of", 256)
     mlp_width = int(raw.get("ffn_dim_multiplier", 1) * int(8 * width / 3))

@@ -31,6 +31,7 @@ import train
 from checkpoint import check
 from lm import Llama
 from sim import WORLD
+from vae import check_data, check_ranges
 
 V = 256
 LARGEST = 2.5               # units: radius of code 255; 0 is "no ball in view"
@@ -56,7 +57,7 @@ class Config:
     # optimization
     prior_steps: int = 1200     # optimizer steps of the prior
     sft_steps: int = 1000       # optimizer steps of SFT
-    grpo_steps: int = 30        # optimizer steps of GRPO; 0: none
+    grpo_steps: int = 30        # optimizer steps of GRPO
 
 
 PRESETS = {"tiny": {}}
@@ -112,12 +113,11 @@ def train_all(config: Config, seed: int, world: train.World) -> Path:
             sft.train_sft(sft_config, tokenizer, world)
         reference = sft.load(out / "sft").to(world.device).requires_grad_(False)
         add_row(f"{name}: SFT", reference)
-        if config.grpo_steps:
-            betas = {} if name == "prior with replay" else {"beta_numbers": 0.0}
-            grpo_config = grpo.Config(steps=config.grpo_steps, **same | betas)
-            if not checkpoint.is_trained(out / "grpo", grpo_config, world):
-                grpo.train_grpo(grpo_config, tokenizer, reference, world)
-            add_row(f"{name}: SFT + RL", sft.load(out / "grpo"))
+        betas = {} if name == "prior with replay" else {"beta_numbers": 0.0}
+        grpo_config = grpo.Config(steps=config.grpo_steps, **same | betas)
+        if not checkpoint.is_trained(out / "grpo", grpo_config, world):
+            grpo.train_grpo(grpo_config, tokenizer, reference, world)
+        add_row(f"{name}: SFT + RL", sft.load(out / "grpo"))
     return path
 
 
@@ -141,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
           "commas between them, such as 0,1,2")
     check(str(evaluate.EVAL_SEED) not in seeds, f"--seeds {config.seeds}: {evaluate.EVAL_SEED} is "
           "that of the held-out clips")
+    check_data(sft.Config(clips=config.clips, eval_clips=config.eval_clips))
+    check_ranges(config, size=sim.SIZES)
     world = train.start(config.seed, config.out)
     check(world.size == 1, "run this on one rank")
     print(table([train_all(config, int(seed), world) for seed in seeds]))

@@ -4,7 +4,7 @@ What a training stage needs, computed before it is run: memory per rank, FLOPs, 
     python -m experiments.plan grpo --preset paper --world 8
     python -m experiments.plan grpo --help      # any flag of the stage's Config
 
-STAGE is vae, ddt, sft or grpo. Nothing is trained, no GPU is needed.
+STAGE is prior, vae, ddt, sft or grpo. Nothing is trained, no GPU is needed.
 
 Method. The stage's model is built on the meta device, where a tensor has a shape but no data. A
 forward pass of one micro-batch computes nothing there, and yet shows
@@ -274,17 +274,29 @@ def meta_tokenizer(name: str, preset: str, scenario: str) -> nn.Module:
 # ------------------------------------------------------------------ language model
 
 
+def plan_prior(config: prior.Config, ranks: int) -> Plan:
+    """prior.py: the training of a language model on sequences of S numbers, the longest of them."""
+    S = 1 + max(config.length // K * K for K in prior.numbers_of_hands(config))
+    c = prior.new_shape(config, prior.CONTEXT, prior.PLACES)
+    return plan_llama(c, getattr(torch, config.dtype), config.batch, S, ranks, config.micro_batch)
+
+
 def plan_sft(config: sft.Config, ranks: int) -> Plan:
     """sft.py: the training of the language model on clips of S tokens."""
     tokenizer = meta_tokenizer(config.tokenizer, config.preset, config.scenario)
     S = 1 + FRAMES * tokenizer.config.queries
-    batch = config.batch + sft.replayed(config)             # clips and number sequences
-    b = largest_micro_batch(batch, ranks, config.micro_batch)
-    c, dtype = llama_config(config, S), getattr(torch, config.dtype)
+    return plan_llama(llama_config(config, S), getattr(torch, config.dtype), batch_of(config), S,
+                      ranks, config.micro_batch, config.checkpointing)
+
+
+def plan_llama(c: LlamaConfig, dtype: torch.dtype, batch: int, S: int, ranks: int,
+               micro_batch: int, checkpointing: bool = False) -> Plan:
+    """The training of a language model on batches of sequences of S tokens."""
+    b = largest_micro_batch(batch, ranks, micro_batch)
     with torch.device("meta"):
         model = Llama(c).to(dtype)
-    forward = llama_pass(c, dtype, b, S, config.checkpointing)
-    flops = training_flops(forward.flops, config.checkpointing) * batch / b
+    forward = llama_pass(c, dtype, b, S, checkpointing)
+    flops = training_flops(forward.flops, checkpointing) * batch / b
     return Plan(training_memory(model, ranks), {"activations": forward.kept}, batch * (S - 1),
                 flops)
 
@@ -392,6 +404,7 @@ class Stage(NamedTuple):
 
 
 STAGES = {
+    "prior": Stage(prior, plan_prior, "tokens"),
     "vae": Stage(vae, plan_vae, "frames"),
     "ddt": Stage(ddt, plan_ddt, "tokens"),
     "sft": Stage(sft, plan_sft, "tokens"),
@@ -424,10 +437,16 @@ def show(name: str, config, ranks: int) -> None:
               f"{verdict}")
 
 
+def batch_of(config) -> int:
+    """What a step shards over the ranks: frames, sequences or, of grpo.py, prompts."""
+    if isinstance(config, sft.Config):
+        return config.batch + sft.replayed(config)          # clips and number sequences
+    return config.prompts if isinstance(config, grpo.Config) else config.batch
+
+
 def what_fits(plan_stage: Callable[..., Plan], config, ranks: int, memory: float) -> str:
     """The first change that fits, as flags: micro-batches, checkpointing, more ranks."""
-    batch = config.prompts if hasattr(config, "prompts") else config.batch
-    sizes = dict.fromkeys((config.micro_batch, 8, 4, 2, 1))
+    batch, sizes = batch_of(config), dict.fromkeys((config.micro_batch, 8, 4, 2, 1))
     changes = [{"micro_batch": n} for n in sizes]
     if hasattr(config, "checkpointing"):
         switches = dict.fromkeys((config.checkpointing, True))
@@ -457,16 +476,19 @@ def check_config(name: str, config) -> None:
 
 def check_ranks(name: str, config, ranks: int) -> None:
     """UserError if the batch of a stage, or of one before it that is missing, has too few rows."""
-    largest_shard(config.prompts if name == "grpo" else config.batch, ranks)
-    before = {"ddt": ("vae",), "sft": ("vae", "ddt"), "grpo": ("vae", "ddt", "sft")}.get(name, ())
+    largest_shard(batch_of(config), ranks)
+    before = {"ddt": ["vae"], "sft": ["vae", "ddt"], "grpo": ["vae", "ddt", "sft"]}.get(name, [])
     if getattr(config, "tokenizer", "ddt") == "vqgan":
-        before = ("vqgan", *before[2:])
+        before = ["vqgan", *before[2:]]
+    has_sft = Path(config.out, "sft", "model.safetensors").exists()
+    if (name == "sft" and not config.llm) or (name == "grpo" and not has_sft):
+        before.append("prior")
     for stage in before:
-        folder = Path(config.out, stage)
+        folder = Path(config.out, "llm" if stage == "prior" else stage)
         module = vqgan if stage == "vqgan" else STAGES[stage].module
         missing = not list(folder.glob("*.safetensors")) and not getattr(config, "vae", "")
         if missing and config.preset in module.PRESETS:
-            batch = module.Config(**module.PRESETS[config.preset]).batch
+            batch = batch_of(module.Config(**module.PRESETS[config.preset]))
             check(batch >= ranks, f"{folder} is missing, and {name}.py trains it first: its batch "
                   f"of {batch} cannot be sharded over {ranks} ranks")
 

@@ -41,9 +41,9 @@ CONFIGS = {
     "vae": vae.Config(steps=6, batch=4, warmup=1, width=8, clips=40, save_every=1, size=16),
     # code_dim: on the circle of tiny's codes, an untrained encoder's vectors lie so close that
     # rounding, which depends on the shards' sizes, decides which code is the nearest
-    "ddt": ddt.Config(steps=8, batch=6, clips=40, save_every=1, noise_below=9.0, size=16,
-                      queries=2, code_dim=16, image_width=16, query_width=32, encoder_layers=1,
-                      width=32, layers=1),
+    "ddt": ddt.Config(steps=8, batch=6, clips=40, frames=701, save_every=1, noise_below=9.0,
+                      size=16, queries=2, code_dim=16, image_width=16, query_width=32,
+                      encoder_layers=1, width=32, layers=1),
     "vqgan": vqgan.Config(steps=8, batch=6, clips=40, save_every=1, size=16, width=8, levels=3),
     "dit": dit.Config(steps=6, batch=5, clips=12, save_every=1, size=16, width=24, layers=1,
                       heads=2),

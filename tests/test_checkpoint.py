@@ -642,3 +642,10 @@ def test_a_damaged_source_is_named_itself(tmp_path):
     checkpoint.write_safetensors(sources["ddt"], {"x": torch.zeros(9)}, {})
     with pytest.raises(UserError, match="ddt/model.safetensors is not what .*python ddt.py"):
         checkpoint.check_provenance(tmp_path / "sft", **sources)
+
+
+def test_a_lock_that_cannot_be_written_is_named(tmp_path):
+    """A full disk: an error of `write` itself does not say which file."""
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=".lock"):
+        checkpoint.lock(tmp_path, ALONE)

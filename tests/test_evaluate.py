@@ -95,7 +95,7 @@ def test_evaluate_counts_clips_that_cannot_be_measured():
     (lambda frames: freeze(frames) * 2 - 1, "from -1 to 1"),
     (lambda frames: freeze(frames) * 255, "from 0 to 255"),
     (lambda frames: sim.to_uint8(freeze(frames)), "uint8"),
-    (lambda frames: freeze(frames).numpy(), "float32: give a tensor"),
+    (lambda frames: freeze(frames).numpy(), "ndarray: give a tensor"),
     (lambda frames: freeze(frames) * math.nan, "NaN"),
     (lambda frames: freeze(frames) + math.inf, "infinity")])
 def test_evaluate_refuses_a_wrong_prediction(predict, culprit):

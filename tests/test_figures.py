@@ -114,8 +114,8 @@ def test_prefix(out, monkeypatch, capsys):
     monkeypatch.setattr(figures, "ball_errors", lambda frames, position, radius: error)
     figures.main(["--out", str(out), "--clips", "1", "--figure", "prefix"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows[2:6]] == ["1", "2", "3", "4"]
-    assert all(row[2:] == ["0.250", "0.500", "0.0%"] * 3 for row in rows[2:6])
+    assert [row[0] for row in rows[2:5]] == ["1", "2", "3"]
+    assert all(row[2:] == ["0.250", "0.500", "0.0%"] * 3 for row in rows[2:5])
     picture = Image.open(out / "figures" / "prefix_error.png")
     assert picture.getextrema() != ((255, 255),) * 3
 

@@ -57,7 +57,10 @@ def test_every_model(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-8:] == lines
 
 
-@pytest.mark.parametrize("seeds", ["", "0,x", "0,,1"])
-def test_bad_seeds(seeds, tmp_path):
-    with pytest.raises(ideal.checkpoint.UserError, match="--seeds"):
-        ideal.main(["--out", str(tmp_path), "--seeds", seeds])
+@pytest.mark.parametrize("flag, value", [
+    ("--seeds", ""), ("--seeds", "0,x"), ("--seeds", "0,,1"), ("--seeds", "0,1000003"),
+    ("--clips", str(10 ** 12)), ("--eval_clips", "1"), ("--size", "3")])
+def test_bad_flags(flag, value, tmp_path):
+    with pytest.raises(ideal.checkpoint.UserError, match=flag):
+        ideal.main(["--out", str(tmp_path), flag, value])
+    assert not list(tmp_path.iterdir())

@@ -339,7 +339,7 @@ def test_from_random_weights(finished, tmp_path, monkeypatch, one_split):
 
     def no_numbers(n, *_, **__):
         assert n == 0
-        return torch.zeros(0, 32, 4, dtype=torch.int64)
+        return torch.zeros(0, 32, 3, dtype=torch.int64)
     monkeypatch.setattr(sft, "number_sequences", no_numbers)
     monkeypatch.setattr(grpo, "number_sequences", None)
     run("sft", tmp_path, "--llm", "none", "--hidden", "64")

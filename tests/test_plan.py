@@ -14,6 +14,7 @@ from torch import nn
 
 import ddt
 import grpo
+import prior
 import sft
 import train
 import vae
@@ -180,6 +181,26 @@ def test_a_tokenizer_is_planned_on_the_vae_there_is(tmp_path):
         83.820 + 12.489 + 111.101, abs=0.1)                     # millions; projections beside
 
 
+# ------------------------------------------------------------------ the prior
+
+
+def test_plan_of_the_prior_by_hand():
+    """Its longest sequences, 24 frames of 4 hands; all of the model is trained."""
+    config = prior.Config(hands="4,5", length=99, micro_batch=5)
+    planned = plan.plan_prior(config, 2)
+    with torch.device("meta"):
+        model = Llama(prior.new_shape(config, prior.CONTEXT, 256))
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert [planned.fixed[name] for name in TRAINING] == [weights, weights, 3 * weights / 2]
+    assert planned.tokens == 32 * 96
+    matrices = 4 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 384) + 256 * 128
+    forward = 2 * matrices + 4 * 4 * 128 * 96
+    assert planned.flops == pytest.approx(3 * planned.tokens * forward)
+    c = prior.new_shape(config, prior.CONTEXT, 256)         # 16 rows of a rank, in 4 micro-batches
+    kept = plan.llama_pass(c, torch.float32, 4, 97, False).kept
+    assert planned.passing == {"activations": kept}
+
+
 # ------------------------------------------------------------------ parts of the method
 
 
@@ -239,7 +260,8 @@ def test_hours():
 # ------------------------------------------------------------------ the command
 
 
-@pytest.mark.parametrize("stage, name", [("vae", "small"), ("ddt", "tiny"), ("ddt", "small"),
+@pytest.mark.parametrize("stage, name", [("prior", "tiny"), ("prior", "small"),
+                                         ("vae", "small"), ("ddt", "tiny"), ("ddt", "small"),
                                          ("ddt", "paper"), ("sft", "small"), ("sft", "paper"),
                                          ("grpo", "tiny"), ("grpo", "small")])
 def test_plans_of_all_stages(stage, name, tmp_path, capsys):
@@ -274,16 +296,20 @@ def test_what_does_not_fit_is_said_with_flags(monkeypatch, capsys):
     ("grpo --world 9", "a batch of 8 cannot be sharded over 9 ranks"),
     ("grpo --world 80", "a batch of 8 cannot be sharded over 80 ranks"),
     ("grpo --world 80 --preset paper", "a batch of 28 cannot be sharded over 80 ranks"),
-    ("sft --world 80", "a batch of 16 cannot be sharded over 80 ranks"),
+    ("sft --world 80", "a batch of 32 cannot be sharded over 80 ranks"),
+    ("sft --world 17 --replay 0", "a batch of 16 cannot be sharded over 17 ranks"),
+    ("prior --world 80", "a batch of 32 cannot be sharded over 80 ranks"),
+    ("prior --hands 2,x", "--hands 2,x"),
     ("ddt --world 80", "a batch of 64 cannot be sharded over 80 ranks"),
     ("vae --world 80", "a batch of 64 cannot be sharded over 80 ranks"),
-    ("grpo --world 20 --prompts 64", "sft is missing, and grpo.py trains it first: its batch of"),
+    ("grpo --world 40 --prompts 64", "sft is missing, and grpo.py trains it first: its batch of"),
     ("sft --world 80 --batch 96", "vae is missing, and sft.py trains it first: its batch of 64"),
     ("sft --world 80 --batch 96 --tokenizer vqgan", "vqgan is missing, and sft.py trains"),
     ("grpo --group 1", "--group 1"),
     ("grpo --top_p 2", "--top_p 2.0"),
     ("sft --seed 1000003", "held-out clips"),
-    ("sft --world 17", "a batch of 16 cannot be sharded over 17 ranks"),
+    ("sft --world 33", "a batch of 32 cannot be sharded over 33 ranks"),
+    ("sft --world 40 --batch 96", "llm is missing, and sft.py trains it first: its batch of 32"),
     ("sft --world 0", "--world 0"),
     ("sft --heads 3", "--hidden 128"),
     ("sft --tokenizer mine", "--tokenizer mine"),

@@ -294,3 +294,11 @@ def test_heat_maps_name_the_ranges(tmp_path, texts):
         for v in (1.25, 3.75):
             assert near(r, v, plot.BLUE)
     assert not near(1.1, 2.5, plot.INK) and not near(0.5, 1.25, plot.BLUE)
+
+
+@pytest.mark.parametrize("video", [255, math.nan])
+def test_frames_that_cannot_be_shown(tmp_path, video):
+    video = torch.full((1, 4, 3, 8, 8), video)
+    with pytest.raises(ValueError, match="frames"):
+        pictures.save_gif(tmp_path / "a.gif", {"": video}, [""])
+    assert not list(tmp_path.iterdir())

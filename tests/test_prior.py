@@ -244,10 +244,12 @@ def test_ensure_trains_once(tmp_path, monkeypatch, capsys):
     tiny = {name: getattr(CONFIG, name) for name in ("hidden", "ffn", "layers", "steps", "length")}
     monkeypatch.setitem(prior.PRESETS, "tiny", tiny)
     config = prior.Config(out=str(tmp_path), seed=3)
-    folder = prior.ensure(config, ALONE)
+    folder = tmp_path / "llm"
+    prior.ensure(config, ALONE)
     assert "is missing: training it first" in capsys.readouterr().out
     before = (folder / "model.safetensors").read_bytes()
-    assert prior.ensure(config, ALONE) == folder and not capsys.readouterr().out
+    prior.ensure(config, ALONE)
+    assert not capsys.readouterr().out
     assert checkpoint.read_json(folder / "trained.json")["seed"] == 3
     assert (folder / "model.safetensors").read_bytes() == before
     (folder / "model.safetensors").write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -255,6 +257,29 @@ def test_ensure_trains_once(tmp_path, monkeypatch, capsys):
         prior.ensure(config, ALONE)
     with pytest.raises(UserError, match="no preset paper"):
         prior.ensure(prior.Config(out=str(tmp_path / "paper"), preset="paper"), ALONE)
+
+
+def test_fresh_replaces_the_old_prior_at_the_end(tmp_path, monkeypatch, capsys):
+    """Stopped before: the old one stays, counts as unfinished, and the next stage goes on first."""
+    tiny = {name: getattr(CONFIG, name) for name in ("hidden", "ffn", "layers", "steps", "length")}
+    monkeypatch.setitem(prior.PRESETS, "tiny", tiny)
+    folder, config = tmp_path / "llm", prior.Config(**tiny | dict(out=str(tmp_path)))
+    prior.run_stage(config, ALONE)
+    old = (folder / "model.safetensors").read_bytes()
+    again = prior.Config(**tiny | dict(out=str(tmp_path), seed=1, fresh=True))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoint, "finish", lambda *_: exit(1))
+        prior.run_stage(again, ALONE)
+    assert (folder / "model.safetensors").read_bytes() == old
+    assert checkpoint.checkpoints(folder) and not checkpoint.has_model(folder)
+    with pytest.raises(UserError, match="seed was 1, is 0.*`python prior.py --fresh --out"):
+        prior.ensure(config, ALONE)
+    capsys.readouterr()
+    prior.ensure(prior.Config(out=str(tmp_path), seed=1), ALONE)
+    assert "training it first" in capsys.readouterr().out
+    assert checkpoint.has_model(folder) and not checkpoint.checkpoints(folder)
+    assert (folder / "model.safetensors").read_bytes() != old
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 4
 
 
 def test_continuation_error():

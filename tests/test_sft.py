@@ -28,7 +28,6 @@ ALONE = train.World(0, 1, torch.device("cpu"))
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-
 # ------------------------------------------------------------------ training clips as codes
 
 
@@ -126,12 +125,12 @@ def text_model(folder, size, seed=0) -> Llama:
 
 
 def llama3_with_numbers(folder) -> dict[str, int]:
-    """A tokenizer like Llama 3's, with one token for each number -> token, id."""
+    """A tokenizer like Llama 3's, with one token for each number and none added -> token, id."""
     tokenizer = json.loads((FIXTURES / "tokenizers" / "llama3.json").read_text())
-    vocab = tokenizer["model"]["vocab"]
-    free = max([*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"])]) + 1
+    vocab, free = tokenizer["model"]["vocab"], len(tokenizer["model"]["vocab"])
     missing = [str(i) for i in reversed(range(256)) if str(i) not in vocab]
     vocab |= {word: free + i for i, word in enumerate(missing)}
+    tokenizer |= {"added_tokens": [], "post_processor": None}
     tokenizer["model"]["ignore_merges"] = True              # as Llama 3 has it
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -148,6 +147,10 @@ def test_codes_start_as_the_words_of_stage_0(tmp_path):
         assert torch.equal(new[:300], old[:300]) and torch.equal(new[300:], old[ids])
     (tmp_path / "numbers.json").write_text(json.dumps({"ids": ids[:99]}))
     assert "has words for 99 numbers" in sft.init_code_embeddings(llama, tmp_path)
+    for damaged in ("[]", "{", '{"corpus": {}}'):
+        (tmp_path / "numbers.json").write_text(damaged)
+        with pytest.raises(UserError, match="numbers.json is damaged"):
+            sft.init_code_embeddings(llama, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,6 @@ import kills
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as nnf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -364,24 +363,6 @@ def test_adamw_is_torchs(limit, buckets):
     for p, q in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
     assert len(optimizer.buckets) == buckets
-
-
-@pytest.mark.parametrize("shape", [(9, 19, 6), (8, 8, 6), (9, 3, 6), (1, 20, 6), (40, 6)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_torchs(shape, bias):
-    """Outputs and gradients, as a convolution or not."""
-    g, layer = torch.Generator().manual_seed(0), nn.Linear(6, 11, bias)
-    x, upstream = (torch.randn(*shape[:-1], n, generator=g) for n in (6, 11))
-    results = []
-    for forward in (train.linear, lambda layer, x: nnf.linear(x, layer.weight, layer.bias)):
-        x.requires_grad_().grad = None
-        layer.zero_grad()
-        y = forward(layer, x)
-        y.backward(upstream)
-        results.append([y, x.grad, *(p.grad for p in layer.parameters())])
-    for ours, expected in zip(*results):
-        assert ours.stride() == expected.stride()
-        torch.testing.assert_close(ours, expected)
 
 
 def test_weights_keep_their_layout():

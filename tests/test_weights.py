@@ -148,7 +148,8 @@ def test_bad_tensors_are_named(tmp_path, change, culprit):
     (lambda raw: raw.update(hidden_size="32"), "hidden_size"),
     (lambda raw: raw.update(hidden_size=32.0), "hidden_size"),
     (lambda raw: raw.update(num_hidden_layers=None), "num_hidden_layers"),
-    (lambda raw: raw.update(num_attention_heads=0, head_dim=None), ""),
+    (lambda raw: raw.update(num_attention_heads=0, head_dim=None), "num_attention_heads = 0"),
+    (lambda raw: raw.update(num_attention_heads="4", head_dim=None), "num_attention_heads = '4'"),
     (lambda raw: raw.update(num_key_value_heads=3), "4 heads on 3"),
     (lambda raw: raw.update(num_key_value_heads=0), "num_key_value_heads"),
     (lambda raw: raw.update(head_dim=7), "head_dim"),
@@ -603,7 +604,9 @@ def test_params_json_of_the_real_ones(name):
     ({"quantization_args": {"group_size": 256}}, "quantization_args"),
     ({"lora_args": {"rank": 16}}, "lora_args"), ({"moe": False}, "moe"),
     ({"head_dim": 64}, "head_dim"), ({"vocab_size": 32016}, "vocab_size = 32016.*32000 rows"),
-    ({"n_kv_heads": 0}, "num_key_value_heads"), ({"use_scaled_rope": "no"}, "use_scaled_rope"),
+    ({"n_kv_heads": 0}, "n_kv_heads = 0"), ({"use_scaled_rope": "no"}, "use_scaled_rope"),
+    ({"n_heads": 0}, "n_heads = 0"), ({"multiple_of": 0}, "multiple_of = 0"),
+    ({"ffn_dim_multiplier": "1.3"}, "ffn_dim_multiplier = '1.3'"),
     ({"use_scaled_rope": True, "rope_scaling_factor": "8"}, "factor")])
 def test_bad_params_are_named(change, culprit):
     raw = {"dim": 4096, "n_layers": 32, "n_heads": 32, "norm_eps": 1e-5}
