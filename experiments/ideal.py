@@ -6,6 +6,10 @@ A frame has three tokens, which are measured instead of learnt: x, y and radius 
 
     {random weights, prior, prior with replay} x {SFT, SFT + RL}: drift_error on every split
 
+Has the prior not simply seen those speeds? So that everyone can judge, three other priors: of hands
+that turn as fast as SFT's balls make them and no other way; of hands that turn faster than
+those, or stand still; of all speeds, but on two or four hands, never on three.
+
     python -m experiments.ideal                             # three seeds
     python -m experiments.ideal --seeds 0 --sft_steps 400   # one seed, a shorter SFT
 
@@ -40,6 +44,14 @@ MODELS = {                  # what SFT starts from, and whether numbers are mixe
     "random weights": dict(llm="none", replay=0.0),
     "prior": dict(replay=0.0),
     "prior with replay": dict(),
+}
+# A ball of SFT's speeds, 1.5 to 3.5 units per second, moves 3.8 to 8.9 places per frame; one of the
+# split fast, 4.5 to 6, moves 11.5 to 15.3.
+STEADY = dict(accelerate=0.0, change=0.0, follow=0.0, warp=0.0)
+OTHER_PRIORS = {            # flags of prior.py; all with replay
+    "SFT's speeds only": dict(slowest=3.8, fastest=8.9, **STEADY),
+    "faster ones only": dict(slowest=10.0, **STEADY),
+    "2 and 4 hands only": dict(hands="2,4"),
 }
 
 
@@ -92,14 +104,18 @@ def train_all(config: Config, seed: int, world: train.World) -> Path:
     place = Path(config.out, str(seed))
     tokenizer = Ideal(config.size)
     path = place / "results.json"
-    prior.run_stage(prior.Config(out=str(place), seed=seed, steps=config.prior_steps), world)
+    for name, flags in {"": {}, **OTHER_PRIORS}.items():
+        out = place / name.replace(" ", "-")
+        prior.run_stage(prior.Config(out=str(out), seed=seed, steps=config.prior_steps, **flags),
+                        world)
+    others = {name: dict(llm=str(place / name.replace(" ", "-") / "llm")) for name in OTHER_PRIORS}
 
     def add_row(name: str, model: Llama) -> None:
         predict = sft.predictor(model.to(world.device), tokenizer)
         evaluate.add_row(path, name, predict, ["uniform"], SPLITS, config.eval_clips,
                          size=config.size, device=world.device)
 
-    for name, flags in MODELS.items():
+    for name, flags in (MODELS | others).items():
         out = place / name.replace(" ", "-")
         checkpoint.writable(out / "ideal")                  # of which the stages note the checksum
         checkpoint.write_safetensors(out / "ideal" / "model.safetensors",
@@ -107,13 +123,13 @@ def train_all(config: Config, seed: int, world: train.World) -> Path:
         same = dict(out=str(out), seed=seed, tokenizer="ideal")
         flags = {"llm": str(place / "llm")} | flags
         sft_config = sft.Config(clips=config.clips, steps=config.sft_steps, **same | flags)
-        if name == "prior":
-            add_row("prior, no clip seen", sft.starting_model(sft_config, tokenizer, world))
+        if name == "prior" or name in others:
+            add_row(f"{name}: no clip seen", sft.starting_model(sft_config, tokenizer, world))
         if not checkpoint.is_trained(out / "sft", sft_config, world):
             sft.train_sft(sft_config, tokenizer, world)
         reference = sft.load(out / "sft").to(world.device).requires_grad_(False)
         add_row(f"{name}: SFT", reference)
-        betas = {} if name == "prior with replay" else {"beta_numbers": 0.0}
+        betas = {} if sft_config.replay else {"beta_numbers": 0.0}
         grpo_config = grpo.Config(steps=config.grpo_steps, **same | betas)
         if not checkpoint.is_trained(out / "grpo", grpo_config, world):
             grpo.train_grpo(grpo_config, tokenizer, reference, world)
@@ -124,9 +140,9 @@ def train_all(config: Config, seed: int, world: train.World) -> Path:
 def table(paths: list[Path]) -> str:
     """drift_error of every model and split: mean over the seeds, and the least and largest."""
     of_seeds = [evaluate.read_results(path) for path in paths]
-    lines = [" " * 30 + "".join(f"{split:>20s}" for split in SPLITS)]
+    lines = [" " * 34 + "".join(f"{split:>20s}" for split in SPLITS)]
     for row in of_seeds[0]:
-        line = f"{row:30s}"
+        line = f"{row:34s}"
         for split in SPLITS:
             errors = torch.tensor([x[row]["uniform"][split]["drift_error"] for x in of_seeds])
             line += f"{errors.mean():8.3f} ({errors.min():.2f}-{errors.max():.2f})"

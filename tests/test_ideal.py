@@ -44,17 +44,17 @@ def test_every_model(tmp_path, capsys, monkeypatch):
     flags = ["--out", tmp_path, "--seeds", "7", "--clips", 20, "--eval_clips", 2,
              "--prior_steps", 2, "--sft_steps", 2, "--grpo_steps", 1]
     ideal.main([str(flag) for flag in flags])
-    lines = capsys.readouterr().out.splitlines()[-8:]
-    rows = [line[:30].strip() for line in lines]
-    assert rows == ["", "random weights: SFT", "random weights: SFT + RL", "prior, no clip seen",
-                    "prior: SFT", "prior: SFT + RL", "prior with replay: SFT",
-                    "prior with replay: SFT + RL"]
+    lines = capsys.readouterr().out.splitlines()[-17:]
+    rows = [line[:34].strip() for line in lines]
+    of = {name: ["SFT", "SFT + RL"] for name in ideal.MODELS}
+    of |= {name: ["no clip seen", "SFT", "SFT + RL"] for name in ["prior", *ideal.OTHER_PRIORS]}
+    assert rows == ["", *(f"{name}: {row}" for name in of for row in of[name])]
     assert all(line.count("-") >= 2 for line in lines[1:])
     monkeypatch.setattr(prior, "train_prior", None)
     monkeypatch.setattr(ideal.sft, "train_sft", None)
     monkeypatch.setattr(ideal.grpo, "train_grpo", None)
     ideal.main([str(flag) for flag in flags])
-    assert capsys.readouterr().out.splitlines()[-8:] == lines
+    assert capsys.readouterr().out.splitlines()[-17:] == lines
 
 
 @pytest.mark.parametrize("flag, value", [
