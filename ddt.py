@@ -229,7 +229,11 @@ class EMAVectorQuantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Unit vectors (..., dim) -> index of the most similar code (...)."""
         # fp64: on a curve a code's cosine with its neighbour is 1 - 3e-4, and tf32 rounds at 5e-4
-        return (z.double() @ self.codebook.T.double()).argmax(-1)
+        codebook = self.codebook.T.double()                 # (dim, V)
+        parts = z.reshape(-1, z.shape[-1]).split(1024)      # whose cosines a CPU's cache holds
+        # max: on a CPU faster than argmax
+        codes = [(part.double() @ codebook).max(-1).indices for part in parts]
+        return torch.cat(codes).view(z.shape[:-1])
 
     def forward(self, x: Tensor,
                 noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -258,24 +262,25 @@ class EMAVectorQuantizer(nn.Module):
         if not self.active:
             return
         rate = 1 - (self.decay if decay is None else decay)
-        V = len(self.codebook)
-        count = torch.bincount(codes, minlength=V).float()                          # (V,)
-        total = torch.zeros_like(self.sum).index_add_(0, codes, z)                  # (V, dim)
-        both = all_reduce(torch.cat([count[:, None], total], 1))                    # (V, 1 + dim)
-        self.count.lerp_(both[:, 0], rate)
-        self.sum.lerp_(both[:, 1:], rate)
+        V, (n, dim) = len(self.codebook), z.shape
+        rows = torch.cat([z.new_ones(n, 1), z], 1)                                  # (n, 1 + dim)
+        sums = all_reduce(z.new_zeros(V, 1 + dim).index_add_(0, codes, rows))
+        count, total = sums[:, 0], sums[:, 1:]                                      # (V,), (V, dim)
+        self.count.lerp_(count, rate)
+        self.sum.lerp_(total, rate)
         self.codebook.copy_(nnf.normalize(self.sum, dim=-1))
 
-        mean_count = both[:, 0].sum() / V
+        mean_count = count.sum() / V
         dead = self.count < self.dead_below * mean_count
         self.move(dead, self.random_vectors(z), mean_count)         # with less, dead again at once
         self.updates += 1
 
     def move(self, mask: Tensor, z: Tensor, count: Tensor) -> None:
         """Moves the codes in the mask (V,) to z (V, dim), as if each had `count` matches there."""
-        self.codebook[mask] = z[mask]
-        self.count[mask] = count
-        self.sum[mask] = z[mask] * count
+        # torch.where: a mask as index would make the CPU wait for a GPU
+        self.codebook.copy_(torch.where(mask[:, None], z, self.codebook))
+        self.count.copy_(torch.where(mask, count, self.count))
+        self.sum.copy_(torch.where(mask[:, None], z * count, self.sum))
 
     def random_vectors(self, z: Tensor) -> Tensor:
         """V random rows of z (n, dim) of all ranks, the same on every rank -> (V, dim)."""
