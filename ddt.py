@@ -88,6 +88,7 @@ class Config:
     seed: int = 0               # seed of weights, data order and noise
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 200       # steps between two checkpoints
+    compile: int = 1            # compile the blocks on a GPU; 0: no, which starts sooner
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
     clips: int = 6000           # training clips (of 32 frames) per motion
@@ -471,7 +472,8 @@ class QFormer(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:            # (B, C, h, w)
         x = self.latent_in(patchify(latent, self.patch)) + self.position       # (B, L, image_width)
-        y = self.queries.expand(len(x), -1, -1)                                # (B, K, query_width)
+        # contiguous, here and in MMDiT: or the first block would be compiled apart from the others
+        y = self.queries.expand(len(x), -1, -1).contiguous()                   # (B, K, query_width)
         for image, query in zip(self.image_blocks, self.query_blocks):
             x, y = self.block(image, query, x, y)
         return self.norm(y)                                                    # (B, K, query_width)
@@ -533,7 +535,7 @@ class MMDiT(nn.Module):
         """
         visible = torch.arange(tokens.shape[1], device=k.device) < k[:, None]   # (B, K)
         x = self.latent_in(patchify(latent, self.patch)) + self.position        # (B, L, D)
-        y = self.token_in(tokens) + self.token_position                         # (B, K, D)
+        y = (self.token_in(tokens) + self.token_position).contiguous()          # (B, K, D)
         condition = self.time(sincos(1000 * t, 256).to(x.dtype))                # (B, D)
         mask = nnf.pad(visible, (x.shape[1], 0), value=True)                    # (B, L + K)
         mask = mask[:, None, None]                                              # (B, 1, 1, L + K)
@@ -748,7 +750,7 @@ def clip_generators(frames: Tensor, seed: int = 0) -> list[torch.Generator]:
 
 def described(config) -> dict:
     """The fields of a config that are kept with the weights."""
-    places = ("out", "vae", "fresh", "save_every")
+    places = ("out", "vae", "fresh", "save_every", "compile")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in places}
 
 
@@ -808,7 +810,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     B, data = config.batch, Latents(tokenizer, config, world)
     world.print0(f"DDT: {millions(tokenizer.encoder)} parameters encoder, "
                  f"{millions(tokenizer.decoder)} decoder, {config.steps} steps of {B} frames")
-    world.compile(tokenizer.encoder, tokenizer.decoder)
+    tokenizer.encoder.block = world.compile(QFormer.block)
+    tokenizer.decoder.block = world.compile(MMDiT.block)
     model = train.distribute(tokenizer, world)              # the tokenizer, or DDP around it
     n = world.accumulation_steps(B, config.micro_batch)
 
@@ -855,13 +858,14 @@ def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> l
     This rank's u (b,), noise (b, *shape) of the latents and token noise (b, K, dim), which the
     quantizer ignores once it quantizes. Drawn for all ranks: their number changes nothing.
     """
-    c, generator = tokenizer.config, train.generator(tokenizer.config.seed, step)
-    u = torch.rand(c.batch, generator=generator)
-    u = torch.where(torch.rand(c.batch, generator=generator) < c.pure_noise, 1.0, u)
-    noise = torch.randn(c.batch, *shape, generator=generator)
+    c, device = tokenizer.config, world.device
+    source = dict(generator=train.generator(c.seed, step, device=device), device=device)
+    u = torch.rand(c.batch, **source)
+    u = torch.where(torch.rand(c.batch, **source) < c.pure_noise, 1.0, u)
+    noise = torch.randn(c.batch, *shape, **source)
     scale = c.token_noise if tokenizer.past_plateau else 0.0
-    token_noise = scale * torch.randn(c.batch, c.queries, c.code_dim, generator=generator)
-    return [world.shard(x).to(world.device) for x in (u, noise, token_noise)]
+    token_noise = scale * torch.randn(c.batch, c.queries, c.code_dim, **source)
+    return [world.shard(x) for x in (u, noise, token_noise)]
 
 
 @torch.no_grad()
@@ -1010,7 +1014,7 @@ def run_stage(config: Config, world: train.World) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
-    run_stage(config, train.start(config.seed, config.out))
+    run_stage(config, train.start(config.seed, config.out, config.compile))
 
 
 if __name__ == "__main__":
