@@ -337,7 +337,7 @@ def resume(folder: Path, model: nn.Module, optimizer, config, world) -> int:
 # fields that may change while a model is trained: they decide where, how fast and how often
 # something is done, not what is learnt (of --vae, the weights are compared, not the folder)
 FREE_FIELDS = {"out", "vae", "fresh", "save_every", "eval_clips", "micro_batch", "checkpointing",
-               "calls"}
+               "calls", "compile"}
 
 
 def settings(config) -> dict:

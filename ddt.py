@@ -90,6 +90,7 @@ class Config:
     seed: int = 0               # seed of weights, data order and noise
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 200       # steps between two checkpoints
+    compile: int = 1            # compile the blocks on a GPU; 0: no, which starts sooner
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
     clips: int = 6000           # training clips (of 32 frames) per motion
@@ -234,7 +235,11 @@ class EMAVectorQuantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Unit vectors (..., dim) -> index of the most similar code (...)."""
         # fp64: on a curve a code's cosine with its neighbour is 1 - 3e-4, and tf32 rounds at 5e-4
-        return (z.double() @ self.codebook.T.double()).argmax(-1)
+        codebook = self.codebook.T.double()                 # (dim, V)
+        parts = z.reshape(-1, z.shape[-1]).split(1024)      # whose cosines a CPU's cache holds
+        # max: on a CPU faster than argmax
+        codes = [(part.double() @ codebook).max(-1).indices for part in parts]
+        return torch.cat(codes).view(z.shape[:-1])
 
     def forward(self, x: Tensor,
                 noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -263,24 +268,25 @@ class EMAVectorQuantizer(nn.Module):
         if not self.active:
             return
         rate = 1 - (self.decay if decay is None else decay)
-        V = len(self.codebook)
-        count = torch.bincount(codes, minlength=V).float()                          # (V,)
-        total = torch.zeros_like(self.sum).index_add_(0, codes, z)                  # (V, dim)
-        both = all_reduce(torch.cat([count[:, None], total], 1))                    # (V, 1 + dim)
-        self.count.lerp_(both[:, 0], rate)
-        self.sum.lerp_(both[:, 1:], rate)
+        V, (n, dim) = len(self.codebook), z.shape
+        rows = torch.cat([z.new_ones(n, 1), z], 1)                                  # (n, 1 + dim)
+        sums = all_reduce(z.new_zeros(V, 1 + dim).index_add_(0, codes, rows))
+        count, total = sums[:, 0], sums[:, 1:]                                      # (V,), (V, dim)
+        self.count.lerp_(count, rate)
+        self.sum.lerp_(total, rate)
         self.codebook.copy_(nnf.normalize(self.sum, dim=-1))
 
-        mean_count = both[:, 0].sum() / V
+        mean_count = count.sum() / V
         dead = self.count < self.dead_below * mean_count
         self.move(dead, self.random_vectors(z), mean_count)         # with less, dead again at once
         self.updates += 1
 
     def move(self, mask: Tensor, z: Tensor, count: Tensor) -> None:
         """Moves the codes in the mask (V,) to z (V, dim), as if each had `count` matches there."""
-        self.codebook[mask] = z[mask]
-        self.count[mask] = count
-        self.sum[mask] = z[mask] * count
+        # torch.where: a mask as index would make the CPU wait for a GPU
+        self.codebook.copy_(torch.where(mask[:, None], z, self.codebook))
+        self.count.copy_(torch.where(mask, count, self.count))
+        self.sum.copy_(torch.where(mask[:, None], z * count, self.sum))
 
     def random_vectors(self, z: Tensor) -> Tensor:
         """V random rows of z (n, dim) of all ranks, the same on every rank -> (V, dim)."""
@@ -485,7 +491,8 @@ class QFormer(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:            # (B, C, h, w)
         x = self.latent_in(patchify(latent, self.patch)) + self.position       # (B, L, image_width)
-        y = self.queries.expand(len(x), -1, -1)                                # (B, K, query_width)
+        # contiguous, here and in MMDiT: or the first block would be compiled apart from the others
+        y = self.queries.expand(len(x), -1, -1).contiguous()                   # (B, K, query_width)
         for image, query in zip(self.image_blocks, self.query_blocks):
             x, y = self.block(image, query, x, y)
         return self.norm(y)                                                    # (B, K, query_width)
@@ -547,7 +554,7 @@ class MMDiT(nn.Module):
         """
         visible = torch.arange(tokens.shape[1], device=k.device) < k[:, None]   # (B, K)
         x = self.latent_in(patchify(latent, self.patch)) + self.position        # (B, L, D)
-        y = self.token_in(tokens) + self.token_position                         # (B, K, D)
+        y = (self.token_in(tokens) + self.token_position).contiguous()          # (B, K, D)
         condition = self.time(sincos(1000 * t, 256).to(x.dtype))                # (B, D)
         mask = nnf.pad(visible, (x.shape[1], 0), value=True)                    # (B, L + K)
         mask = mask[:, None, None]                                              # (B, 1, 1, L + K)
@@ -764,7 +771,7 @@ def clip_generators(frames: Tensor, seed: int = 0) -> list[torch.Generator]:
 
 def described(config) -> dict:
     """The fields of a config that are kept with the weights."""
-    places = ("out", "vae", "fresh", "save_every")
+    places = ("out", "vae", "fresh", "save_every", "compile")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in places}
 
 
@@ -831,7 +838,8 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     B, data = config.batch, Latents(tokenizer, config, world)
     world.print0(f"DDT: {millions(tokenizer.encoder)} parameters encoder, "
                  f"{millions(tokenizer.decoder)} decoder, {config.steps} steps of {B} frames")
-    world.compile(tokenizer.encoder, tokenizer.decoder)
+    tokenizer.encoder.block = world.compile(QFormer.block)
+    tokenizer.decoder.block = world.compile(MMDiT.block)
     model = train.distribute(tokenizer, world)              # the tokenizer, or DDP around it
     n = world.accumulation_steps(B // 2, config.micro_batch, 2)
 
@@ -884,14 +892,15 @@ def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> l
     This rank's u (b,), noise (b, *shape) of the latents and token noise (b, K, dim), which the
     quantizer ignores once it quantizes. Drawn for all ranks: their number changes nothing.
     """
-    c, generator = tokenizer.config, train.generator(tokenizer.config.seed, step)
-    u = torch.rand(c.batch, generator=generator)
-    u = torch.where(torch.rand(c.batch, generator=generator) < c.pure_noise, 1.0, u)
-    noise = torch.randn(c.batch, *shape, generator=generator)
+    c, device = tokenizer.config, world.device
+    source = dict(generator=train.generator(c.seed, step, device=device), device=device)
+    u = torch.rand(c.batch, **source)
+    u = torch.where(torch.rand(c.batch, **source) < c.pure_noise, 1.0, u)
+    noise = torch.randn(c.batch, *shape, **source)
     scale = c.token_noise if tokenizer.past_plateau else 0.0
-    token_noise = scale * torch.randn(c.batch, c.queries, c.code_dim, generator=generator)
+    token_noise = scale * torch.randn(c.batch, c.queries, c.code_dim, **source)
     pairs = (x.unflatten(0, (-1, 2)) for x in (u, noise, token_noise))          # are not parted
-    return [world.shard(x).flatten(0, 1).to(world.device) for x in pairs]
+    return [world.shard(x).flatten(0, 1) for x in pairs]
 
 
 @torch.no_grad()
@@ -1041,7 +1050,7 @@ def run_stage(config: Config, world: train.World) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
-    run_stage(config, train.start(config.seed, config.out))
+    run_stage(config, train.start(config.seed, config.out, config.compile))
 
 
 if __name__ == "__main__":

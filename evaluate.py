@@ -122,14 +122,14 @@ def add_rows(config, predictors: dict[str, Predictor], stages: tuple[str, ...], 
     weights of these stages are deleted. n: clips per split (0: config.eval_clips). splits: empty
     for SPLITS.
     """
-    path = Path(config.out, "results.json")
+    path, batch = Path(config.out, "results.json"), 64 if world.device.type == "cpu" else 256
     scenarios = sim.SCENARIOS if config.scenario == "all" else [config.scenario]
     if world.is_main:
         weights = checksums(config.out, *stages)
         drop_older(path, weights)
         for row, predict in predictors.items():
             add_row(path, row, predict, scenarios, splits or SPLITS, n or config.eval_clips,
-                    size=size, weights=weights, shown=shown, device=world.device)
+                    size=size, weights=weights, shown=shown, batch=batch, device=world.device)
     world.barrier()
     return path
 

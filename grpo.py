@@ -71,6 +71,7 @@ class Config:
     seed: int = 0               # seed of the conditions and of sampling
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 5         # steps between two checkpoints
+    compile: int = 1            # compile the blocks on a GPU; 0: no, which starts sooner
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
     clips: int = 2000           # clips to draw conditions from, per motion
@@ -281,8 +282,9 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
     world.print0(f"GRPO: {config.steps} steps of {n_prompts} prompts x {config.group} rollouts")
 
     motions = train.scenarios(config.scenario)
-    posttrain = [sim.sample(name, "posttrain", config.clips, config.seed) for name in motions]
-    pretrain = [sim.sample(name, "pretrain", config.clips, config.seed) for name in motions]
+    # initial states only: a step simulates the clips that it uses
+    posttrain, pretrain = ([sim.first_frames(name, split, config.clips, config.seed)
+                            for name in motions] for split in ("posttrain", "pretrain"))
     # micro-batches per rank, of rollouts and of known sequences
     n = world.accumulation_steps(n_prompts, config.micro_batch, config.group)
     n_known = world.accumulation_steps(n_prompts, config.micro_batch)
@@ -301,17 +303,18 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
             # a generator per prompt: samples do not depend on the number of ranks
             generators = [train.generator(config.seed, step, prompt, device=world.device)
                           for prompt in range(n_prompts)]
-            clips = posttrain[motion][index].to(world.device)
+            clips = sim.play(posttrain[motion], index).to(world.device)
             rollouts, scores = rollout(policy, reference, tokenizer, clips, config,
                                        world.shard(generators))
             # known sequences, as many of each kind as prompts
             known = {}
             if betas["pretrain"]:
-                clips = pretrain[motion][index].to(world.device)
+                clips = sim.play(pretrain[motion], index)
                 known["pretrain"] = sft.tokenize(tokenizer, clips)              # (P, F, K)
             if betas["numbers"]:
-                numbers = number_sequences(n_prompts, tokenizer.config.queries, FRAMES,
-                                           train.generator(config.seed, step), **corpus)
+                generator = train.generator(config.seed, step, device=world.device)
+                numbers = number_sequences(n_prompts, tokenizer.config.queries, FRAMES, generator,
+                                           **corpus)
                 known["numbers"] = world.shard(numbers)                         # (P, F, K)
             parts = [("rollouts", part) for part in micro_batches(rollouts, n)]
             for kind, codes in known.items():
@@ -379,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
     motions = train.scenarios(config.scenario)
-    world = train.start(config.seed, config.out)
+    world = train.start(config.seed, config.out, config.compile)
     tokenizer = sft.load_tokenizer(config, world)
     reference = sft.ensure(config, tokenizer, world).requires_grad_(False)
     folder = Path(config.out, "grpo")

@@ -57,6 +57,7 @@ class Config:
     seed: int = 0               # seed of weights and number sequences
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
+    compile: int = 1            # compile the blocks on a GPU; 0: no, which starts sooner
     # data
     hands: str = "3,3,2,3,3,4"      # numbers of interleaved hands, in turn from step to step
     length: int = 96            # numbers per sequence, of all hands together
@@ -109,24 +110,29 @@ def number_sequences(n: int, K: int, F: int, generator: torch.Generator, still: 
     n sequences of the places of K hands in F frames: (n, F, K), int64 in 0..255. Every hand draws
     for itself. The parameters: see Config.
     """
+    device = generator.device
+    source = dict(generator=generator, device=device)
+
     def uniform() -> Tensor:
-        return torch.rand(n, 1, K, generator=generator)
+        return torch.rand(n, 1, K, **source)
 
     def velocity() -> Tensor:
         return (slowest + (fastest - slowest) * uniform()) * (2 * (uniform() < 0.5) - 1)
 
     # steady, with constant acceleration, or with another velocity from the moment t_change on
-    t = torch.arange(F)[:, None]                                                # (F, 1)
+    t = torch.arange(F, device=device)[:, None]                                 # (F, 1)
     v = velocity() * (uniform() >= still)                   # places per frame, either way
     kind = uniform()
-    a = 0.3 * torch.randn(n, 1, K, generator=generator) * (kind < accelerate)   # per frame squared
+    a = 0.3 * torch.randn(n, 1, K, **source) * (kind < accelerate)              # per frame squared
     after = (velocity() - v) * (kind >= 1 - change)
     t_change = F * uniform()
     place = PLACES * uniform() + v * t + a * t ** 2 / 2 + after * (t - t_change).clamp(min=0)
 
     # a follower turns -1, 1, 2 or 3 times as far as another hand
-    leader = (torch.arange(K) + torch.randint(1, max(K, 2), (n, 1, K), generator=generator)) % K
-    ratio = torch.tensor([-1, 1, 2, 3])[torch.randint(4, (n, 1, K), generator=generator)]
+    others = torch.randint(1, max(K, 2), (n, 1, K), **source)
+    leader = (torch.arange(K, device=device) + others) % K
+    ratios = torch.tensor([-1, 1, 2, 3], device=device)
+    ratio = ratios[torch.randint(4, (n, 1, K), **source)]
     followed = PLACES * uniform() + ratio * place.gather(2, leader.expand(n, F, K))
     place = torch.where(uniform() < follow, followed, place)
 
@@ -137,7 +143,7 @@ def number_sequences(n: int, K: int, F: int, generator: torch.Generator, still: 
         wave = torch.sin(2 * math.pi * (period * turns + uniform()))
         turns = turns + strength * wave / (2 * math.pi * period)
     spread = 2 * noise * uniform()                          # of this hand
-    place = PLACES * turns + spread * torch.randn(n, F, K, generator=generator)
+    place = PLACES * turns + spread * torch.randn(n, F, K, **source)
     return place.round().long() % PLACES
 
 
@@ -178,13 +184,15 @@ def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float,
     """
     Against exposure bias: when it generates, the model is given its own mistakes; thus its inputs
     in training hold mistakes, too. codes (B, F, K) -> inputs (B, F, K). A share `corrupt` becomes
-    any code, the rest one of their nearest, near (V, n). The first 3 frames stay as they are.
+    any code, the rest one of their nearest, near (V, n). The first 3 frames stay as they are. All
+    on the generator's device.
     """
     V, n = near.shape
+    source = dict(generator=generator, device=generator.device)
     codes = codes.long()                                    # a uint8 index would be a mask
-    nearby = near[codes, torch.randint(n, codes.shape, generator=generator)]    # (B, F, K)
-    is_random = torch.rand(codes.shape, generator=generator) < corrupt
-    random = torch.randint(V, codes.shape, generator=generator)
+    nearby = near[codes, torch.randint(n, codes.shape, **source)]               # (B, F, K)
+    is_random = torch.rand(codes.shape, **source) < corrupt
+    random = torch.randint(V, codes.shape, **source)
     corrupted = torch.where(is_random, random, nearby)
     return torch.cat([codes[:, :CONDITION], corrupted[:, CONDITION:]], 1)
 
@@ -261,7 +269,7 @@ def train_prior(config: Config, world: train.World) -> Llama:
     model.to(world.device, getattr(torch, config.dtype))
     hands = numbers_of_hands(config)
     corpus = {name: getattr(config, name) for name in CORPUS}
-    near = nearest_codes(circle(), 3)                       # itself and the places beside it
+    near = nearest_codes(circle(), 3).to(world.device)      # itself and the places beside it
     world.print0(f"prior: {millions(model)} parameters, {config.steps} steps of {B} sequences of "
                  f"{config.length} numbers")
     loss_of = train.distribute(NextToken(model), world)
@@ -270,11 +278,11 @@ def train_prior(config: Config, world: train.World) -> Llama:
     with train.Run(folder, model, config, world) as run:
         for step in run:
             K = hands[step % len(hands)]
-            generator = train.generator(config.seed, step)
+            generator = train.generator(config.seed, step, device=world.device)
             targets = number_sequences(B, K, config.length // K, generator, **corpus)  # (B, F, K)
             inputs = corrupt_inputs(targets, near, config.corrupt, generator)
-            targets = world.shard(sequence(model, targets)).to(world.device)    # (b, S)
-            inputs = world.shard(sequence(model, inputs)).to(world.device)      # (b, S)
+            targets = world.shard(sequence(model, targets))                     # (b, S)
+            inputs = world.shard(sequence(model, inputs))                       # (b, S)
 
             total = 0.0
             micro_batches = zip(targets.tensor_split(n), inputs.tensor_split(n))
@@ -375,7 +383,7 @@ def run_stage(config: Config, world: train.World) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
-    run_stage(config, train.start(config.seed, config.out))
+    run_stage(config, train.start(config.seed, config.out, config.compile))
 
 
 if __name__ == "__main__":

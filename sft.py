@@ -63,6 +63,7 @@ class Config:
     seed: int = 0               # seed of weights, data order and corrupted inputs
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
+    compile: int = 1            # compile the blocks on a GPU; 0: no, which starts sooner
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
     clips: int = 6000           # training clips per motion
@@ -263,8 +264,8 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     model = starting_model(config, tokenizer, world)
     model.checkpointing = config.checkpointing
     codes = training_codes(config, tokenizer, folder / "codes.npy", world)      # (clips, F, K)
-    near = nearest_codes(tokenizer.quantizer.codebook, config.near)             # (V, near)
-    near_number = nearest_codes(circle(len(near)), 3)                           # (V, 3)
+    near = nearest_codes(tokenizer.quantizer.codebook, config.near).to(world.device)  # (V, near)
+    near_number = nearest_codes(circle(len(near)), 3).to(world.device)          # (V, 3)
     B, K = config.batch, tokenizer.config.queries
     n_numbers = replayed(config)
     is_clip = torch.arange(B + n_numbers) < B
@@ -280,15 +281,16 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     with train.Run(folder, model, config, world, sources=sources) as run:
         for step in run:
             index = train.batch_indices(config.seed, step, B, len(codes))       # (B,)
-            targets = torch.from_numpy(codes[index.numpy()]).long()             # (B, F, K)
-            generator = train.generator(config.seed, step)
+            targets = torch.from_numpy(codes[index.numpy()])                    # (B, F, K)
+            targets = targets.to(world.device).long()
+            generator = train.generator(config.seed, step, device=world.device)
             inputs = corrupt_inputs(targets, near, config.corrupt, generator)   # (B, F, K)
             # the clips are followed by number sequences, as many codes long
             numbers = number_sequences(n_numbers, K, FRAMES, generator, **corpus)
             read = corrupt_inputs(numbers, near_number, config.corrupt, generator)
             targets, inputs = torch.cat([targets, numbers]), torch.cat([inputs, read])
-            targets = world.shard(sequence(model, targets)).to(world.device)    # (b, S)
-            inputs = world.shard(sequence(model, inputs)).to(world.device)      # (b, S)
+            targets = world.shard(sequence(model, targets))                     # (b, S)
+            inputs = world.shard(sequence(model, inputs))                       # (b, S)
 
             outs = []
             micro_batches = zip(targets.tensor_split(n), inputs.tensor_split(n))
@@ -401,7 +403,7 @@ def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
-    world = train.start(config.seed, config.out)
+    world = train.start(config.seed, config.out, config.compile)
     run_stage(config, load_tokenizer(config, world), world)
 
 

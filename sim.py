@@ -185,12 +185,20 @@ def first_frames(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
     return Clips(scenario, radius, speed, position, _in_view(radius, position))
 
 
-def play(first: Clips) -> Clips:
-    """Simulates clips of which only the initial states are known."""
-    start = first.position[:, 0]
-    position = simulate(first.scenario, first.radius, first.velocity, start)
-    inside = _in_view(first.radius, position)
-    return Clips(first.scenario, first.radius, first.velocity, position, inside)
+def play(first: Clips, index: Tensor | None = None) -> Clips:
+    """
+    Simulates clips of which only the initial states are known, all of them or those at index (B,).
+    These are what they are among all, bit for bit; the heights of colliding balls up to 1e-12.
+    """
+    chosen, scene = first, None
+    if index is not None:
+        chosen = first[index]
+        if first.scenario != "collision":                 # balls that can share a scene
+            scene = index % SCENES
+    start = chosen.position[:, 0]
+    position = simulate(first.scenario, chosen.radius, chosen.velocity, start, scene=scene)
+    inside = _in_view(chosen.radius, position)
+    return Clips(first.scenario, chosen.radius, chosen.velocity, position, inside)
 
 
 def _in_view(radius: Tensor, position: Tensor) -> Tensor:
@@ -272,12 +280,13 @@ def initial_velocity(speed: Tensor) -> Tensor:
 # ------------------------------------------------------------------ physics
 
 def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor,
-             substeps: int = SUBSTEPS, scenes: int = SCENES) -> Tensor:
+             substeps: int = SUBSTEPS, scenes: int = SCENES, scene: Tensor | None = None) -> Tensor:
     """
     Simulates clips with pymunk -> positions (B, F, N, 2), float64.
 
     radius (B, N), velocity (B, N; the initial speed) and start (B, N, 2; the centres at t = 0).
-    scenes: number of clips that share a Space.
+    scenes: number of clips that share a Space. scene (B,): the height, in views, at which a clip is
+    simulated, on which depends how its own are rounded; by default they lie side by side.
     Raises ValueError for wrong shapes, non-finite values, and numbers so small or large that pymunk
     would abort the process or compute nonsense; for balls that reach above or below the view or
     start at different heights, which could hit balls of other clips; and for balls that overlap or
@@ -288,11 +297,13 @@ def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor,
     _check_states(scenario, radius, velocity, start)
     if min(substeps, scenes) < 1:
         raise ValueError(f"substeps = {substeps}, scenes = {scenes}: at least one of each")
+    if scene is None:
+        scene = torch.arange(len(radius)) % scenes
     positions = []
     for i in range(0, len(radius), scenes):
         part = slice(i, i + scenes)
         positions.append(_simulate_in_one_space(
-            scenario, radius[part], velocity[part], start[part], substeps))
+            scenario, radius[part], velocity[part], start[part], substeps, scene[part]))
     return torch.cat(positions)
 
 
@@ -328,10 +339,10 @@ def _check_finite(**tensors: Tensor) -> None:
 
 
 def _simulate_in_one_space(scenario: str, radius: Tensor, speed: Tensor, start: Tensor,
-                           substeps: int) -> Tensor:
+                           substeps: int, scene: Tensor) -> Tensor:
     """
-    As `simulate`. The clips are stacked: clip b is moved up by b view heights. Balls of different
-    clips never touch: single balls have no shape, and colliding balls keep their height.
+    As `simulate`. The clips are stacked: each is moved up by its scene, in view heights. Balls of
+    different clips never touch: single balls have no shape, and colliding balls keep their height.
     """
     B, N = radius.shape
     step = DT / substeps
@@ -341,7 +352,7 @@ def _simulate_in_one_space(scenario: str, radius: Tensor, speed: Tensor, start: 
         space.gravity = (0, -GRAVITY)
         velocity[..., 1] -= GRAVITY * step / 2            # leapfrog: exact for constant forces
     offset = torch.zeros(B, 1, 2, dtype=torch.float64)    # broadcasts over the balls
-    offset[:, 0, 1] = WORLD * torch.arange(B)
+    offset[:, 0, 1] = WORLD * scene
 
     radii = radius.flatten().tolist()
     centers = (start + offset).reshape(-1, 2).tolist()

@@ -43,7 +43,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -175,8 +175,8 @@ def _check_number(field: dataclasses.Field, value) -> None:
     flag = f"--{field.name} {value}"
     if field.type in (int, float):
         check(math.isfinite(value) and value >= 0, f"{flag}: must be a finite number of at least 0")
-    if field.type is int and field.default != 0:            # 0 means something if it is the default
-        check(value > 0, f"{flag}: must be at least 1")
+    if field.type is int and field.default != 0 and field.name != "compile":
+        check(value > 0, f"{flag}: must be at least 1")     # 0 means something if it is the default
     if field.name in ("beta1", "beta2"):
         check(value < 1, f"{flag}: too large")
     if field.name == "seed":
@@ -216,6 +216,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    compiles: bool = True       # see `compile`
 
     @property
     def is_main(self) -> bool:
@@ -283,11 +284,21 @@ class World:
         """
         return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device))
 
-    def compile(self, *modules: nn.Module) -> None:
-        """torch.compile in place on a GPU, where small models are bound by kernel launches."""
-        if self.device.type == "cuda" and can_compile(self.device, self.is_main):
-            for module in modules:
-                module.compile()
+    def compile(self, block: Callable) -> Callable:
+        """
+        Regional compilation: the function of a transformer's block, compiled on a GPU, where small
+        models are bound by kernel launches. All blocks of one shape share it; a whole model would
+        take as many times longer to compile. Without gradients it runs as it is: evaluation would
+        compile it once more.
+        """
+        on_gpu = self.device.type == "cuda"
+        if not (self.compiles and on_gpu and can_compile(self.device, self.is_main)):
+            return block
+        compiled = torch.compile(block, dynamic=False)      # for fixed shapes
+
+        def compiled_in_training(*args):
+            return (compiled if torch.is_grad_enabled() else block)(*args)
+        return compiled_in_training
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -370,7 +381,7 @@ def threads_are_set() -> bool:
     return False                                            # macOS
 
 
-def start(seed: int, out: str = "") -> World:
+def start(seed: int, out: str = "", compiles: bool = True) -> World:
     """
     Joins torchrun's process group if there is one, chooses the device, seeds torch, and makes and
     locks the run folder `out` if one is named. May be called more than once.
@@ -400,7 +411,7 @@ def start(seed: int, out: str = "") -> World:
     # names that torch 2.13 gives up and older versions need
     warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|broadcast_buffers)", FutureWarning)
     torch.manual_seed(seed)                 # the same initial weights on every rank
-    world = World(rank, size, device)
+    world = World(rank, size, device, compiles)
     if out:
         checkpoint.lock(checkpoint.writable(Path(out)), world)
     return world
@@ -422,15 +433,20 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
 
 
 def generator(*key: int, device="cpu") -> torch.Generator:
-    """A new generator, whose draws are a function of integers such as (seed, step)."""
+    """
+    A new generator, whose draws are a function of integers such as (seed, step). On a GPU: other
+    draws than on the CPU, made while the CPU goes on.
+    """
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
 def batch_indices(seed: int, step: int, batch: int, n: int) -> Tensor:
     """Indices (batch,) of the n data that a step sees: one shuffled epoch comes after the other."""
-    places = range(step * batch, (step + 1) * batch)
-    return torch.stack([_epoch(seed, i // n, n)[i % n] for i in places])
+    first, end = step * batch, (step + 1) * batch           # places in the sequence of all epochs
+    epochs = range(first // n, ceil_div(end, n))
+    parts = [_epoch(seed, i, n)[max(first - i * n, 0):end - i * n] for i in epochs]
+    return torch.cat(parts)
 
 
 @functools.lru_cache(maxsize=2)                             # a batch may be of two epochs

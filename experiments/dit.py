@@ -50,6 +50,7 @@ class Config:
     seed: int = 0               # seed of weights, data order and noise
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
+    compile: int = 1            # compile the blocks on a GPU; 0: no, which starts sooner
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
     clips: int = 6000           # training clips per motion
@@ -153,6 +154,7 @@ class Block(nn.Module):
 
 class DiT(nn.Module):
     """A clip's latents, noisy, beside its first three frames, clean -> the velocity v."""
+    block = staticmethod(Block.forward)         # compiled in training
 
     def __init__(self, config: Config, vae: VAE):
         super().__init__()
@@ -195,7 +197,7 @@ class DiT(nn.Module):
         time = self.time(sincos(t, 256).to(h.dtype))                            # (B, D)
         modulation = self.modulation(nnf.silu(time)).unflatten(-1, (6, -1))     # (B, 6, D)
         for block in self.blocks:
-            h = block(h, modulation, self.cos, self.sin)
+            h = self.block(block, h, modulation, self.cos, self.sin)
         shift, scale = (self.table + time[:, None])[:, :, None].unbind(1)       # (B, 1, D) each
         h = self.patch_out(modulate(self.norm(h), shift, scale))                # (B, L, C p p)
         return rearrange(h, "b (f h w) (c p q) -> b f c (h p) (w q)", f=x.shape[1],
@@ -281,7 +283,7 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
     parameters = sum(p.numel() for p in dit.parameters() if p.requires_grad)
     world.print0(f"DiT: {parameters / 1e6:.2f}M parameters, {config.steps} steps of {B} clips of "
                  f"{len(dit.cos)} vectors, {clips} clips")
-    world.compile(*dit.blocks)
+    dit.block = world.compile(dit.block)
     model = train.distribute(dit, world)
     n = world.accumulation_steps(B, config.micro_batch)
 
@@ -289,12 +291,13 @@ def train_dit(config: Config, vae: VAE, world: train.World) -> DiT:
         for step in run:
             model.train()
             index = world.shard(train.batch_indices(config.seed, step, B, clips))       # (b,)
-            t = torch.randint(config.levels, (B,), generator=train.generator(config.seed, step))
-            t = world.shard(t).to(world.device)                                         # (b,)
+            generator = train.generator(config.seed, step, device=world.device)
+            t = torch.randint(config.levels, (B,), generator=generator, device=world.device)
+            t = world.shard(t)                                                          # (b,)
             mine = world.shard(torch.arange(B)).tolist()    # noise of this rank's own clips only
-            noise = [torch.randn(shape, generator=train.generator(config.seed, step, i))
-                     for i in mine]
-            noise = torch.stack(noise).to(world.device)                            # (b, F, C, h, w)
+            generators = [train.generator(config.seed, step, i, device=world.device) for i in mine]
+            noise = torch.stack([torch.randn(shape, generator=generator, device=world.device)
+                                 for generator in generators])                     # (b, F, C, h, w)
 
             total = 0.0
             micro_batches = zip(*(x.tensor_split(n) for x in (index, t, noise)))
@@ -325,7 +328,7 @@ def check_config(c: Config) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = c = train.parse(Config, PRESETS, argv)
     check_config(c)
-    world = train.start(c.seed, c.out)
+    world = train.start(c.seed, c.out, c.compile)
     out = Path(c.out)
     vae = vae_stage.ensure(config, world)
     if checkpoint.is_trained(out / "dit", c, world):

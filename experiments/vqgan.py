@@ -154,7 +154,6 @@ def train_vqgan(config: Config, world: train.World) -> VQGAN:
     B, data, quantizer = config.batch, Frames(config, world.device), vqgan.quantizer
     world.print0(f"VQGAN: {millions(vqgan)} parameters, {config.queries} tokens per frame, "
                  f"{config.steps} steps of {B} frames")
-    world.compile(vqgan.encoder, vqgan.decoder)
     model = train.distribute(vqgan, world)
     variance = data[train.batch_indices(config.seed, 0, 512, len(data))].var()
 
