@@ -62,6 +62,8 @@ LEAST_RADIUS = 0.05     # units
 TOP_SPEED = 100.0       # units per second
 FARTHEST = 1000.0       # units: largest coordinate of a centre
 
+AT_ONCE = 64            # frames that are painted or measured in one go, for the CPU's cache
+
 # ------------------------------------------------------------------ splits
 
 # Phys-AR, section 4.1. A range is a list of intervals; `low` and `high` are the halves of `ood`.
@@ -423,41 +425,84 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
 
     position (B, F, N, 2) and radius (B, N) in world units, on any device. The first ball is red,
     the second blue. A pixel on an edge mixes white and the ball's colour by the share of its area
-    that the ball covers. This share is an integral: exact along y, a sum of `slices` along x.
+    that the ball covers. This share is an integral: exact along y, a sum of `slices` along x. It is
+    computed in a window around each ball only: all windows have the size of the largest ball.
     Raises ValueError for wrong shapes, a third ball, radius <= 0, and for what is NaN or infinite
     in float32.
     """
-    F, N = position.shape[1:3] if position.ndim == 4 else (0, 0)
-    if F < 1 or N not in (1, 2) or position.shape[3] != 2 or radius.shape != (len(position), N):
+    B, F, N = position.shape[:3] if position.ndim == 4 else (0, 0, 0)
+    if F < 1 or N not in (1, 2) or position.shape[3] != 2 or radius.shape != (B, N):
         raise ValueError("render needs position (B, F, N, 2) and radius (B, N), N = 1 or 2 balls; "
                          f"got {tuple(position.shape)} and {tuple(radius.shape)}")
     if min(size, slices) < 1:
         raise ValueError(f"size = {size}, slices = {slices}: at least one of each")
     scale = size / WORLD                                          # pixels per world unit
-    center = (position * scale).float()[..., None, None]          # (B, F, N, 2, 1, 1)
-    cx = center[:, :, :, 0]                                       # (B, F, N, 1, 1)
-    cy = size - center[:, :, :, 1]                                # row 0 is on top
-    r = (radius * scale).float()[:, None, :, None, None]          # (B, 1, N, 1, 1)
+    center = (position * scale).float()                           # (B, F, N, 2)
+    r = (radius * scale).float()[:, None]                         # (B, 1, N)
     _check_finite(position=center, radius=r)
-    if (r <= 0).any():
+    radii = r.flatten().tolist()                                  # empty where B is 0
+    if min(radii, default=1) <= 0:
         raise ValueError("radius must be > 0")
-    edge = torch.arange(size, device=position.device, dtype=torch.float32)
-    left = edge[None, :]                                          # (1, W)
-    top = edge[:, None]                                           # (H, 1)
 
-    covered = 0                                                   # share of each pixel
-    for i in range(slices):
-        x = left + (i + 0.5) / slices - cx                        # (B, F, N, 1, W)
-        half_chord = (r * r - x * x).clamp(min=0).sqrt()          # half the disc's height at x
-        upper = (cy - half_chord).maximum(top)                    # (B, F, N, H, W)
-        lower = (cy + half_chord).minimum(top + 1)
-        covered = covered + (lower - upper).clamp(0, 1)
-    covered = covered / slices
+    side = min(size, int(2 * max(radii, default=1)) + 2)          # of the windows, in pixels
+    if center.requires_grad or r.requires_grad:
+        side = size                                               # see `windows`
+    cx, cy = center[..., 0], size - center[..., 1]                # (B, F, N), row 0 is on top
+    frames = _white_frames(B, F, size, position.device)
+    for part in parts(B, F):
+        _paint(frames[part], cx[part], cy[part], r[part], side, slices)
+    return frames
 
-    red_ball = covered[:, :, 0]                                   # (B, F, H, W)
-    blue_ball = covered[:, :, 1] if N > 1 else torch.zeros_like(red_ball)
-    red, green, blue = 1 - blue_ball, 1 - red_ball - blue_ball, 1 - red_ball
-    return torch.stack([red, green, blue], 2).clamp(0, 1)
+
+def _paint(frames: Tensor, cx: Tensor, cy: Tensor, r: Tensor, side: int, slices: int) -> None:
+    """Paints discs into white frames. cx, cy (B, F, N) and r (B, 1, N) are in pixels."""
+    (B, F, N), size, device = cx.shape, frames.shape[-1], frames.device
+    x0 = (cx - r).floor().clamp(0, size - side).long()            # first column of the window
+    y0 = (cy - r).floor().clamp(0, size - side).long()            # first row
+    pixel = torch.arange(side, device=device)
+    left = (x0[..., None] + pixel).float()                        # (B, F, N, side)
+    top = (y0[..., None] + pixel).float()[..., None, None]        # (B, F, N, side, 1, 1)
+
+    offset = (torch.arange(slices, device=device) + 0.5) / slices
+    x = left[..., None, :] + offset[:, None] - cx[..., None, None]
+    r, cy = r[..., None, None], cy[..., None, None]
+    half_chord = (r * r - x * x).clamp(min=0).sqrt()              # half the disc's height at x
+    upper = (cy - half_chord)[..., None, :, :].maximum(top)       # (B, F, N, side, slices, side)
+    lower = (cy + half_chord)[..., None, :, :].minimum(top + 1)
+    covered = lower.sub_(upper).clamp_(0, 1)                      # in place: stays in the cache
+    covered = sum(covered.unbind(-2)) / slices                    # (B, F, N, side, side)
+
+    view = windows(frames, side, side)                            # frames change with it
+    green = view[:, :, 1]
+    clip = torch.arange(B, device=device)[:, None]
+    frame = torch.arange(F, device=device)
+    for n in range(N):
+        window = clip, frame, y0[:, :, n], x0[:, :, n]
+        view[:, :, 2 - 2 * n][window] = 1 - covered[:, :, n]      # blue, red
+        green[window] = (green[window] - covered[:, :, n]).clamp(min=0)
+
+
+def _white_frames(B: int, F: int, size: int, device: torch.device) -> Tensor:
+    """Ones (B, F, 3, size, size). For the CPU, NumPy allocates huge pages; torch does not."""
+    shape = B, F, 3, size, size
+    if device.type == "cpu":
+        return torch.from_numpy(np.ones(shape, np.float32))
+    return torch.ones(shape, device=device)
+
+
+def parts(B: int, F: int) -> list[slice]:
+    """Slices of B clips of F frames, each of about AT_ONCE frames."""
+    clips = max(1, AT_ONCE // F)
+    return [slice(i, i + clips) for i in range(0, B, clips)]
+
+
+def windows(frames: Tensor, height: int, width: int) -> Tensor:
+    """
+    All windows of frames (.., H, W) as a view, without a copy. Indexed [.., y, x] it gives the
+    window (height, width) whose first pixel is in row y and column x. Windows overlap, for which
+    autograd is not made: where a gradient is wanted, take the one window that is the whole frame.
+    """
+    return frames.unfold(-2, height, 1).unfold(-2, width, 1)
 
 
 def check_frames(frames: Tensor) -> None:
@@ -467,7 +512,7 @@ def check_frames(frames: Tensor) -> None:
         raise ValueError(f"frames are {kind}: give a tensor of floats in [0, 1]")
     if not frames.numel():
         raise ValueError(f"frames of shape {tuple(frames.shape)}: there is none")
-    low, high = (x.item() for x in frames.aminmax())      # NaN if one is NaN
+    low, high = torch.stack([frames.amin(), frames.amax()]).tolist()      # NaN if one is NaN
     if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError("frames hold NaN or infinity: nothing can be measured in them")
     if low < -0.15 or high > 1.15:

@@ -3,7 +3,7 @@ How fast the parts are. What is compared runs in alternating repeats in one proc
 the machine does slows both. Printed are medians.
 
     python tests/bench.py               # every section
-    python tests/bench.py sim           # clips simulated per second
+    python tests/bench.py sim           # clips simulated per second; frames beside a NumPy loop
     python tests/bench.py ddt           # frames per second of the tokenizer; EMA-VQ, brute force
     python tests/bench.py lm            # tokens per second of prefill, decoding and training
     python tests/bench.py grpo          # a step of GRPO by part, its memory beside the plan
@@ -28,6 +28,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -85,8 +86,12 @@ def machine(mib: int = 2048 if CUDA else 256,
 # ------------------------------------------------------------------ sim.py
 
 
-def bench_sim(many: int = sim.SCENES, one: int = 32) -> None:
-    """sim.simulate: many clips in one Space beside one Space per clip, the same solver steps."""
+def bench_sim(many: int = sim.SCENES, one: int = 32, sizes: tuple[int, ...] = (32, 64, 128),
+              painted: int = 2) -> None:
+    """
+    sim.simulate: many clips in one Space beside one Space per clip, the same solver steps.
+    sim.render and reward.detect of `painted` clips (as in training) beside a NumPy loop.
+    """
     print(f"clips per second, {sim.SUBSTEPS} solver steps per frame, {sim.FRAMES} frames\n"
           f"{'':10s} {f'{many} in one Space':>18s} {'one Space per clip':>18s} {'ratio':>8s}")
     for scenario in sim.SCENARIOS:
@@ -99,6 +104,53 @@ def bench_sim(many: int = sim.SCENES, one: int = 32) -> None:
         seconds = alternate(ways)
         rate, alone = many / seconds["many"], one / seconds["one"]
         print(f"{scenario:10s} {rate:18.0f} {alone:18.0f} {rate / alone:7.1f}x")
+
+    print(f"\nmicroseconds per frame, {painted * sim.FRAMES} frames a call, ours / NumPy loop\n"
+          f"{'':10s} {'pixels':>6s} {'render':>16s} {'detect':>16s} {'ratio of both':>14s}")
+    for scenario in ("uniform", "collision"):               # one ball, two balls
+        clips = sim.sample(scenario, "iid", painted).to(DEVICE)
+        N, numbers = clips.radius.shape[1], (clips.position.cpu().numpy(), clips.radius.tolist())
+        for size in sizes:
+            frames = sim.render(clips.position, clips.radius, size)
+            plain = frames.cpu().numpy()
+            ways = {"render": lambda: sim.render(clips.position, clips.radius, size),
+                    "render, NumPy": lambda: numpy_render(*numbers, size),
+                    "detect": lambda: reward.detect(frames, N),
+                    "detect, NumPy": lambda: numpy_detect(plain, N)}
+            seconds = alternate(ways, 9)
+            a, b, c, d = (1e6 * s / painted / sim.FRAMES for s in seconds.values())
+            print(f"{scenario:10s} {size:6d} {a:8.1f} {b:7.1f} {c:8.1f} {d:7.1f} "
+                  f"{(b + d) / (a + c):13.2f}x")
+
+
+def numpy_render(position: np.ndarray, radius: list[list[float]], size: int) -> np.ndarray:
+    """A plain loop. An edge is a ramp one pixel wide: cheaper than sim.render, less exact."""
+    B, F, N = position.shape[:3]
+    frames = np.ones((B, F, 3, size, size), np.float32)
+    axis = np.arange(size, dtype=np.float32) + 0.5
+    for b in range(B):
+        for f in range(F):
+            for n in range(N):
+                x, y = position[b, f, n] * size / sim.WORLD
+                distance = np.sqrt((axis - x) ** 2 + (axis[:, None] - (size - y)) ** 2)
+                covered = np.clip(radius[b][n] * size / sim.WORLD - distance + 0.5, 0, 1)
+                frames[b, f, 1] -= covered
+                frames[b, f, 2 - 2 * n] -= covered
+            np.clip(frames[b, f], 0, 1, out=frames[b, f])
+    return frames
+
+
+def numpy_detect(frames: np.ndarray, n_balls: int) -> list[tuple]:
+    """A plain loop: centre and area of the coverage of the whole frame, without reward's step 3."""
+    size, balls = frames.shape[-1], []
+    axis = np.arange(size, dtype=np.float32) + 0.5
+    for red, green, blue in frames.reshape(-1, 3, size, size):
+        for colour, other in ((red, blue), (blue, red))[:n_balls]:
+            covered = np.minimum(colour - green, 1 - other)
+            area = max(covered.sum(), 1e-6)
+            x, y = covered.sum(0) @ axis / area, covered.sum(1) @ axis / area
+            balls.append((x, size - y, np.sqrt(area / np.pi)))
+    return balls
 
 
 # ------------------------------------------------------------------ ddt.py
@@ -447,7 +499,7 @@ def bench_grpo(width: int = 4096 if CUDA else 1024, layers: int = 2, words: int 
 SECTIONS = {"sim": bench_sim, "ddt": bench_ddt, "lm": bench_lm, "grpo": bench_grpo}
 SMALL_LIMITS = dict(mib=8, side=128)
 SMALL = {
-    "sim": dict(many=16, one=2),
+    "sim": dict(many=16, one=2, sizes=(16,), painted=1),
     "ddt": dict(batch=2, calls=2, vectors=(8, 64), **SMALL_LIMITS),
     "lm": dict(shapes={"tiny": (1000, 64, 96, 2, 4, 2, 16)}, batches=(1, 2), prompt=5, n=3,
                train_batch=1, train_tokens=8, largest=False, **SMALL_LIMITS),

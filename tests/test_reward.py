@@ -107,6 +107,83 @@ def test_the_smallest_ball_is_found_anywhere_at_32_pixels():
     assert found.all() and (center - position).norm(dim=-1).max() < 0.03
 
 
+def detect_everywhere(frame, blue):
+    """One ball of one frame (3, H, W), as the head of reward.detect says -> x, y, r in pixels."""
+    red, green, other = frame
+    if blue:
+        red, other = other, red
+    coverage = (red - green).minimum(1 - other).double()
+    y, x = torch.meshgrid(2 * [torch.arange(frame.shape[-1]).double() + 0.5], indexing="ij")
+    rough = coverage > 0.5
+    if not rough.any():
+        return None
+    distance = torch.hypot(x - x[rough].mean(), y - y[rough].mean())
+    reach = (rough.sum() / math.pi).sqrt() + 2
+    assert (distance - reach).abs().min() > 1e-5             # else: take another seed
+    weight = coverage.where(distance <= reach, 0)
+    area = weight.sum()
+    if area < math.pi * (0.15 * frame.shape[-1] / 10) ** 2:
+        return None
+    return (weight * x).sum() / area, (weight * y).sum() / area, (area / math.pi).sqrt()
+
+
+def strange_frames(size, generator):
+    """Noise; patches of colour; stripes; and a half disc, which its circle overhangs the most."""
+    axis = torch.arange(size)
+    noise = torch.rand(4, 3, size, size, generator=generator)
+    patches = torch.rand(12, 3, 4, 4, generator=generator).round()
+    patches = torch.nn.functional.interpolate(patches, size=size, mode="bilinear")
+    disc = (axis - size // 2) ** 2 + (axis[:, None] - size // 2) ** 2 < (size / 4) ** 2
+    covered = torch.stack([(axis % 5 < 2).expand(size, size), (axis < 2).expand(size, size),
+                           disc & (axis >= size // 2), disc & (axis <= size // 2)])
+    covered = torch.cat([covered, covered.mT])[:, None].float()
+    paler = 0.4 * torch.rand(8, 1, size, size, generator=generator)      # never half covered
+    red = 1 - (covered + paler).clamp(max=1) * torch.tensor([0.0, 1, 1])[:, None, None]
+    return torch.cat([noise, patches, red, red.flip(1)])                 # red, blue
+
+
+@pytest.mark.parametrize("size", [8, 21, 64])
+def test_windows_hold_all_that_detect_needs(size):
+    """Whatever is in the frames, alone or beside others, against a plain loop."""
+    generator = torch.Generator().manual_seed(size)
+    frames = strange_frames(size, generator)
+    count = 0
+    for batch in (frames[None], frames[:, None], *frames[:, None, None]):    # (B, F, 3, H, W)
+        center, radius, found = (x.flatten(0, 1) for x in reward.detect(batch, 2))
+        for i, frame in enumerate(batch.flatten(0, 1)):
+            for n in range(2):
+                expected = detect_everywhere(frame, blue=n == 1)
+                assert found[i, n] == (expected is not None)
+                if expected is not None:
+                    x, y, r = (10 / size * value for value in expected)
+                    ours = torch.stack([*center[i, n], radius[i, n]]).double()
+                    torch.testing.assert_close(ours, torch.stack([x, 10 - y, r]), rtol=0, atol=1e-4)
+                    count += 1
+    assert count > 30
+
+
+def test_a_frame_is_measured_alike_in_any_batch():
+    """Whatever size the windows have because of other frames."""
+    clips = sim.sample("collision", "ood", 6)
+    frames = paint(clips) + 0.02 * noisy((6, 32, 3, 32, 32))
+    together = reward.detect(frames, 2)
+    for i in range(6):
+        for x, y in zip(reward.detect(frames[i:i + 1], 2), together):
+            torch.testing.assert_close(x, y[i:i + 1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_of_measured_balls():
+    """Of the centre by the frame, against a difference quotient."""
+    frames = sim.render(torch.tensor([[[[4.1, 5.3]]]]), torch.tensor([[1.2]]), 24).double()
+    frames.requires_grad_()
+    center = reward.detect(frames, 1)[0][0, 0, 0, 0]
+    gradient, = torch.autograd.grad(center, frames)
+    step = torch.zeros_like(frames)
+    step[0, 0, 1:, 9, 8] = 0.1                                           # within the disc
+    change = reward.detect(frames.detach() + step, 1)[0][0, 0, 0, 0] - center.detach()
+    assert (gradient * step).sum().item() == pytest.approx(change.item(), rel=0.05)
+
+
 @pytest.mark.parametrize("colour", [
     (0, 1, 0), (0, 0, 0), (0, 0, 1), (0.5, 0.5, 0.5), (1, 1, 0), (0, 1, 1), (1, 0, 1)])
 def test_wrong_colours_are_no_red_ball(colour):

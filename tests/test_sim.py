@@ -404,6 +404,52 @@ def test_painted_coverage_is_the_area_a_ball_covers(x, y, r):
     assert (frame[0] == 1).all()
 
 
+def paint_everywhere(position, radius, size, slices=8):
+    """As sim.render, but over whole frames, without windows."""
+    center = (position * (size / 10)).float()[..., None, None]           # (B, F, N, 2, 1, 1)
+    cx, cy = center[:, :, :, 0], size - center[:, :, :, 1]
+    r = (radius * (size / 10)).float()[:, None, :, None, None]
+    left = torch.arange(size).float()
+    top = left[:, None]
+    covered = 0
+    for i in range(slices):
+        half = (r ** 2 - (left + (i + 0.5) / slices - cx) ** 2).clamp(min=0).sqrt()
+        covered = covered + ((cy + half).minimum(top + 1) - (cy - half).maximum(top)).clamp(0, 1)
+    red, blue = [*(covered / slices).unbind(2), torch.zeros(())][:2]
+    frames = [1 - blue, 1 - red - blue, 1 - red]
+    return torch.stack([x.expand_as(red) for x in frames], 2).clamp(0, 1)
+
+
+@pytest.mark.parametrize("N", [1, 2])
+@pytest.mark.parametrize("size", [1, 8, 33, 128])
+@pytest.mark.parametrize("largest", [0.3, 2.0, 8.0])
+def test_windows_hold_all_of_every_ball(N, size, largest):
+    """Bit for bit the frames painted everywhere. Some balls are partly or wholly outside."""
+    generator = torch.Generator().manual_seed(size)
+    position = 16 * torch.rand(5, 27, N, 2, generator=generator, dtype=torch.float64) - 3
+    radius = 0.01 + largest * torch.rand(5, N, generator=generator, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        state = position.to(dtype), radius.to(dtype)
+        assert torch.equal(sim.render(*state, size), paint_everywhere(*state, size))
+
+
+def test_a_ball_far_away_leaves_the_frame_white():
+    for x in (-1e30, 1e30):
+        assert (sim.render(torch.full((1, 2, 1, 2), x), torch.ones(1, 1), 16) == 1).all()
+
+
+def test_gradients_of_painted_balls():
+    generator = torch.Generator().manual_seed(0)
+    state = [10 * torch.rand(2, 3, 2, 2, generator=generator), torch.full((2, 2), 1.3)]
+    state = [x.requires_grad_() for x in state]
+    weight = torch.rand(2, 3, 3, 24, 24, generator=generator)
+    ours, expected = (torch.autograd.grad((paint(*state, 24) * weight).sum(), state)
+                      for paint in (sim.render, paint_everywhere))
+    for x, y in zip(ours, expected):
+        assert y.abs().max() > 1
+        torch.testing.assert_close(x, y)
+
+
 def test_painted_area_is_that_of_the_disc():
     generator = torch.Generator().manual_seed(0)
     radius = 0.3 + 1.7 * torch.rand(50, 1, generator=generator)
