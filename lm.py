@@ -243,6 +243,26 @@ class RMSNorm(nn.Module):
         return nnf.rms_norm(x, self.weight.shape, self.weight, self.eps)    # computes in fp32
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """
+    Attention of q (B, heads, S, d) to k, v (B, kv_heads, keys, d), causal if mask is None
+    -> (B, S, heads, d).
+    """
+    S, attention = q.shape[2], nnf.scaled_dot_product_attention
+    gqa = q.shape[1] != k.shape[1]          # only then: not every attention kernel supports it
+    if q.device.type != "cpu" or mask is not None or S <= 128:
+        out = attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        return out.transpose(1, 2)
+    # The CPU's kernel computes all S x S scores, then masks. Blocks of 128 queries save up to half.
+    parts = []
+    for i in range(0, S, 128):
+        end = min(i + 128, S)
+        causal = torch.ones(end - i, end, dtype=torch.bool).tril(i)         # key <= query
+        part = attention(q[:, :, i:end], k[:, :, :end], v[:, :, :end], causal, enable_gqa=gqa)
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, 1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -272,10 +292,7 @@ class Attention(nn.Module):
             q = q.view(B, kv_heads, -1, self.head_dim)
             out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             return self.o_proj(out.reshape(B, 1, -1))
-        # enable_gqa only where heads share keys: not every attention kernel supports it
-        out = nnf.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, mask).flatten(2))
 
 
 class MLP(nn.Module):
