@@ -412,11 +412,11 @@ class Llama(nn.Module):
 
         call = compiled(call_block) if in_graph and self.compile_decoding else call_block
         x = self.model.embed_tokens(ids)                        # (B, S, D)
-        for block, its_kv in zip(self.model.layers, kv):
+        for i, block in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, position, its_kv, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, position, kv[i], mask, use_reentrant=False)
             else:
-                x = call(block, x, rope, position, its_kv, mask)
+                x = call(block, x, rope, position, kv[i], mask)
 
         if in_graph:
             cache.position += 1

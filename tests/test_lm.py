@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import lm
+import train
 from lm import (CONFIGS, Cache, Llama, LlamaConfig, capture, choose, decode_step, draw, generate,
                 gumbel_noise, logprobs, rope_frequencies, truncate)
 
@@ -435,13 +436,32 @@ def test_compiled_steps_sample_the_same(monkeypatch):
         cache.position = torch.tensor([cache.length])
         return step
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compile = functools.partial(torch.compile, backend=counter)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     monkeypatch.setattr(lm, "capture", at_fixed_shapes)
-    monkeypatch.setattr(lm, "compiled", functools.cache(compile))
+    monkeypatch.setattr(lm, "compiled", functools.cache(lm.compiled.__wrapped__))
     model.compile_decoding = True
     codes, support = generate(model, prompt, 12, 2, 20, generator=seeded())
     assert torch.equal(codes, expected[0]) and torch.equal(support, expected[1])
     assert counter.frame_count == 2                             # a block, and sampling
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; with stand-ins above")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("top_k", [1, 20])
+@torch.no_grad()
+def test_generate_on_cuda_is_the_policy(compile, top_k):
+    device = torch.device("cuda")
+    if compile and not train.can_compile(device, False):
+        pytest.skip("torch.compile needs Triton and a C compiler")
+    model, prompt = small(rope_scaling=SCALING).to(device), prompts_of(small()).to(device)
+    model.compile_decoding = compile
+    generators = [torch.Generator(device).manual_seed(i) for i in range(3)]
+    codes, support = generate(model, prompt, 24, 4, top_k, generator=generators)
+    agree = truncate(full_logits(model, prompt, codes), top_k) == support
+    assert agree.float().mean() > 0.999 and support.gather(-1, codes[..., None]).all()
+    generators = [torch.Generator(device).manual_seed(1)]
+    alone, _ = generate(model, prompt[1:2], 24, 4, top_k, generator=generators)
+    assert (alone[0] == codes[1]).float().mean() > 0.9          # products of other sizes round
 
 
 @torch.no_grad()
