@@ -10,7 +10,8 @@ Source: Phys-AR (Lin et al. 2025, https://arxiv.org/abs/2504.15932), sections 3.
 the logits of text words are masked, then top-k 50 and top-p 0.95.
 
 Choices where the paper is silent
-1. Parameters are named and laid out as in Hugging Face's folders: weights.py.
+1. q, k and v come from one matrix product, gate and up from one; on disk they are Hugging Face's
+   separate tensors (weights.py).
 2. The codes are the last `n_visual` ids. Computing only their logits masks all text words.
 3. `truncate` defines the policy's support, `logprobs` its log-probabilities: all of sampling and
    training use these two, and the ratio of new to old policy is 1 before the first update.
@@ -26,6 +27,7 @@ Axes: B batch (B G inside the model during sampling), G group (samples per promp
 T sampled tokens, D width, d = head_dim, V visual codes (or the vocabulary, where said).
 """
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,6 +162,14 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
     return torch.lerp(frequency / scaling["factor"], frequency, blend)
 
 
+def rope_table(config: LlamaConfig, positions: int, device=None) -> Tensor:
+    """cos and sin of the angles of positions 0, 1, ...: (2, positions, d), fp32."""
+    position = torch.arange(positions, device=device)
+    angle = position[:, None] * rope_frequencies(config, device)            # (positions, d / 2)
+    angle = angle.repeat(1, 2)                                  # (positions, d): pairs (i, i + d/2)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     Rotary position embedding: x (B, heads, S, d), cos and sin (S, d) in fp32 -> the shape of x.
@@ -167,7 +177,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     left, right = x.chunk(2, -1)
     turned = torch.cat([-right, left], -1)
-    return (x * cos + turned * sin).to(x.dtype)
+    return torch.addcmul(x * cos, turned, sin).to(x.dtype)      # x cos + turned sin
 
 
 class Cache:
@@ -175,7 +185,7 @@ class Cache:
     Keys and values of every layer; the first `length` positions are in use. For inference only: it
     is overwritten in place and carries no gradients.
 
-    A CUDA graph (decode_step) needs fixed addresses and shapes: there the position to write to is
+    A CUDA graph (`capture`) needs fixed addresses and shapes: there the position to write to is
     read from `position` (1,), a tensor on the device, which the model's forward advances; `length`
     is advanced by the function that replays the graph.
     """
@@ -184,6 +194,7 @@ class Cache:
         shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity,
                  config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.rope = rope_table(config, capacity, device)        # (2, capacity, d)
         self.length = 0
         self.position: Tensor | None = None
 
@@ -200,20 +211,22 @@ class Cache:
         if self.length + n > self.capacity:
             raise ValueError(f"{self.length + n} tokens do not fit a cache of {self.capacity}")
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def room(self, S: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """
-        Stores k, v (B, kv_heads, S, d) of the newest positions. Returns all keys and values so far;
-        in a CUDA graph the whole capacity, to be masked.
+        For S new tokens: their positions (S,); keys and values up to them (layers, 2, B, kv_heads,
+        keys, d), in a CUDA graph the whole capacity; and the mask (S, keys) that is added to the
+        scores, or None: causal attention without further ado. Raises ValueError if they do not fit.
         """
-        keys, values = self.kv[layer, 0], self.kv[layer, 1]     # (B, kv_heads, capacity, d)
-        if self.position is not None:
-            keys.index_copy_(2, self.position, k)
-            values.index_copy_(2, self.position, v)
-            return keys, values
-        end = self.length + k.shape[2]
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        self.require(S)
+        device, dtype = self.kv.device, self.kv.dtype
+        in_graph = self.position is not None
+        keys = self.capacity if in_graph else self.length + S
+        position = self.position if in_graph else torch.arange(self.length, keys, device=device)
+        mask = None
+        if in_graph or (self.length > 0 and S > 1):
+            later = torch.arange(keys, device=device) > position[:, None]
+            mask = torch.zeros(S, keys, device=device, dtype=dtype).masked_fill(later, -torch.inf)
+        return position, self.kv[..., :keys, :], mask
 
     def expand(self, group: int) -> None:
         """Repeats every sequence `group` times, in a new tensor: one prefill for a whole group."""
@@ -227,49 +240,59 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()                                           # fp32 whatever the type of x
-        weighted = self.weight.float() * h
-        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (weighted * scale).to(x.dtype)
+        return nnf.rms_norm(x, self.weight.shape, self.weight, self.eps)    # computes in fp32
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """
+    Attention of q (B, heads, S, d) to k, v (B, kv_heads, keys, d), causal if mask is None
+    -> (B, S, heads, d).
+    """
+    S, attention = q.shape[2], nnf.scaled_dot_product_attention
+    gqa = q.shape[1] != k.shape[1]          # only then: not every attention kernel supports it
+    if q.device.type != "cpu" or mask is not None or S <= 128:
+        out = attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        return out.transpose(1, 2)
+    # The CPU's kernel computes all S x S scores, then masks. Blocks of 128 queries save up to half.
+    parts = []
+    for i in range(0, S, 128):
+        end = min(i + 128, S)
+        causal = torch.ones(end - i, end, dtype=torch.bool).tril(i)         # key <= query
+        part = attention(q[:, :, i:end], k[:, :, :end], v[:, :, :end], causal, enable_gqa=gqa)
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, 1)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        q_width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, S, heads * d) -> (B, heads, S, d)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None,
-                mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, position: Tensor | None = None,
+                kv: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """
+        x (B, S, D) -> (B, S, D). rope (2, S, d): cos and sin. With a cache (see Cache.room): kv
+        (2, B, kv_heads, keys, d), into which keys and values are written at `position` (S,).
+        """
         B, S, _ = x.shape
-        q = self.split_heads(self.q_proj(x))                    # (B, heads, S, d)
-        k = self.split_heads(self.k_proj(x))                    # (B, kv_heads, S, d)
-        v = self.split_heads(self.v_proj(x))
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v)                # of all positions
-        heads, kv_heads = q.shape[1], k.shape[1]
+        heads, kv_heads = self.heads, self.kv_heads
+        qkv = self.qkv_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)
+        qk, v = qkv.split([heads + kv_heads, kv_heads], 1)      # (B, heads + kv_heads, S, d)
+        q, k = rotate(qk, *rope).split([heads, kv_heads], 1)
+        if kv is not None:
+            kv.index_copy_(3, position, torch.stack([k, v]))
+            k, v = kv                                           # of all positions
         if S == 1:
             # one new token: the query heads that share a key head become rows of one query matrix,
             # and keys need not be repeated; (B, heads, 1, d) -> (B, kv_heads, heads / kv_heads, d)
             q = q.view(B, kv_heads, -1, self.head_dim)
             out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             return self.o_proj(out.reshape(B, 1, -1))
-        # enable_gqa only where heads share keys: not every attention kernel supports it
-        out = nnf.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, mask).flatten(2))
 
 
 class MLP(nn.Module):
@@ -277,26 +300,39 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nnf.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(nnf.silu(gate) * up)
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None,
-                mask: Tensor | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+    def forward(self, x: Tensor, rope: Tensor, position: Tensor | None = None,
+                kv: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, position, kv, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def call_block(block: Block, *inputs) -> Tensor:
+    return block(*inputs)
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """
+    torch.compile(function), in which element-wise operations are fused to few kernels. Called for
+    one block after the other, it is compiled once: they have the same shapes.
+    """
+    return torch.compile(function)
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -330,12 +366,12 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False          # keep only the blocks' inputs for the backward pass
+        self.compile_decoding = False       # torch.compile the steps of `generate` (see `compiled`)
         self.source: Path | None = None     # folder whose tokenizer `save` copies
         self.generation: dict = {}          # its generation_config.json
-        layers = range(config.num_hidden_layers)
         self.model = nn.ModuleDict({        # for Hugging Face's names: model.embed_tokens.weight
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, layer) for layer in layers),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
@@ -365,46 +401,41 @@ class Llama(nn.Module):
         ids (B, S) -> hidden states (B, S, D). With a cache, ids continue the sequences in it and
         are appended to it. Raises ValueError if they do not fit.
         """
-        S, device = ids.shape[1], ids.device
-        start = 0 if cache is None else cache.length
-        if cache is not None:
-            cache.require(S)
+        position, kv, mask = None, [None] * len(self.model.layers), None
+        # cos and sin are computed here: buffers would be cast to bf16 together with the weights
+        if cache is None:
+            rope = rope_table(self.config, ids.shape[1], ids.device)        # (2, S, d)
+        else:
+            position, kv, mask = cache.room(ids.shape[1])
+            rope = cache.rope.index_select(1, position)
         in_graph = cache is not None and cache.position is not None         # see Cache
 
-        position = cache.position if in_graph else torch.arange(start, start + S, device=device)
-        # computed here in fp32: a buffer would be cast to bf16 together with the weights
-        angle = position[:, None] * rope_frequencies(self.config, device)   # (S, d / 2)
-        angle = angle.repeat(1, 2)                              # (S, d): pairs (i, i + d / 2)
-        cos, sin = angle.cos(), angle.sin()
-
-        # no cache, or an empty one: plain causal attention (mask None; see Attention)
-        # one new token: attends to all keys there are (None)
-        # several tokens behind others: masked; in a graph: the capacity's unused part is masked
-        mask = None
-        if in_graph or (start > 0 and S > 1):
-            keys = cache.capacity if in_graph else start + S
-            mask = torch.arange(keys, device=device) <= position[:, None]   # (S, keys)
-
+        call = compiled(call_block) if in_graph and self.compile_decoding else call_block
         x = self.model.embed_tokens(ids)                        # (B, S, D)
-        for block in self.model.layers:
+        for i, block in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, cache, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, position, kv[i], mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache, mask)
+                x = call(block, x, rope, position, kv[i], mask)
 
         if in_graph:
             cache.position += 1
         elif cache is not None:
-            cache.length += S
+            cache.length += ids.shape[1]
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Over the whole vocabulary: hidden (..., D) -> (..., vocab_size), fp32."""
         return project(hidden, self.head)
 
+    @property
+    def visual_head(self) -> Tensor:
+        """The rows of the visual codes in the output matrix: (n_visual, D)."""
+        return self.head[self.first_code:]
+
     def visual_logits(self, hidden: Tensor) -> Tensor:
         """Over the visual codes only: hidden (..., D) -> (..., n_visual), fp32."""
-        return project(hidden, self.head[self.first_code:])
+        return project(hidden, self.visual_head)
 
     @torch.no_grad()
     def extend(self, n: int) -> None:
@@ -471,15 +502,18 @@ def truncate(logits: Tensor, top_k: int = 50, top_p: float = 0.95) -> Tensor:
         raise ValueError(f"top_k = {top_k}: it must be at least 1 (as large as V: all)")
     if top_p is None or not 0 < top_p <= 1:
         raise ValueError(f"top_p = {top_p}: it must be above 0 and at most 1 (1: all)")
+    if top_k == 1:
+        best = logits.argmax(-1, keepdim=True)                  # the first of equal ones
+        return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best, True)
     ordered, index = logits.float().sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    ordered = ordered.masked_fill(rank >= top_k, -torch.inf)
+    ordered[..., top_k:] = -torch.inf
     p = ordered.softmax(-1)
-    before = p.cumsum(-1) - p                                   # held by the codes ranked higher
-    keep = (before < top_p) | (top_p >= 1)                      # 1: all, although cumsum rounds
-    keep = keep & (ordered > -torch.inf)                        # but none outside the top_k
+    keep = ordered > -torch.inf
+    if top_p < 1:                                               # 1: all, although cumsum rounds
+        before = p.cumsum(-1) - p                               # held by the codes ranked higher
+        keep &= before < top_p
     keep[..., 0] = True
-    return torch.zeros_like(keep).scatter(-1, index, keep)
+    return torch.empty_like(keep).scatter_(-1, index, keep)
 
 
 def logprobs(logits: Tensor, codes: Tensor, support: Tensor) -> Tensor:
@@ -491,21 +525,41 @@ def logprobs(logits: Tensor, codes: Tensor, support: Tensor) -> Tensor:
     return logp.gather(-1, codes[..., None])[..., 0]
 
 
-def draw(logits: Tensor, support: Tensor,
-         generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+def gumbel_noise(shape: tuple[int, ...],
+                 generator: torch.Generator | list[torch.Generator] | None = None,
+                 device=None) -> Tensor:
     """
-    Samples one code from the policy: logits, support (..., V) -> (...).
-
-    argmax(p / Exponential(1)) is a sample of p (an exponential race, as the Gumbel-max trick);
-    unlike torch.multinomial it does not make the CPU wait for the GPU. A list of generators: the
-    rows are cut into as many equal blocks, one for each.
+    -log of exponentially distributed numbers, fp32: argmax(logits + noise) is a sample of
+    softmax(logits), the Gumbel-max trick. Unlike torch.multinomial it does not make the CPU wait
+    for the GPU. A list of generators: the rows are cut into as many equal blocks, one for each.
     """
-    p = logits.float().masked_fill(~support, -torch.inf).softmax(-1)
-    noise = torch.empty_like(p)
+    noise = torch.empty(shape, device=device)
     generators = generator if isinstance(generator, list) else [generator]
-    for chunk, own_generator in zip(noise.chunk(len(generators)), generators):
-        chunk.exponential_(generator=own_generator)
-    return (p / noise).argmax(-1)
+    for block, own_generator in zip(noise.chunk(len(generators)), generators):
+        block.exponential_(generator=own_generator)
+    return noise.log_().neg_()
+
+
+def choose(logits: Tensor, support: Tensor, noise: Tensor | None = None) -> Tensor:
+    """
+    The code in the support of the largest logit + noise, without noise of the largest logit:
+    logits, support, noise (..., V) -> (...).
+    """
+    scores = logits if noise is None else logits + noise
+    return scores.masked_fill(~support, -torch.inf).argmax(-1)
+
+
+def draw(logits: Tensor, support: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Samples one code from the policy: logits, support (..., V) -> (...)."""
+    return choose(logits.float(), support, gumbel_noise(logits.shape, generator, logits.device))
+
+
+def sample(hidden: Tensor, head: Tensor, noise: Tensor | None, top_k: int,
+           top_p: float) -> tuple[Tensor, Tensor]:
+    """hidden (R, D), head (V, D), noise (R, V) or None -> codes (R,) and their supports (R, V)."""
+    logits = project(hidden, head)                              # (R, V)
+    support = truncate(logits, top_k, top_p)
+    return choose(logits, support, noise), support
 
 
 @torch.no_grad()
@@ -532,22 +586,31 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, group: int = 1, 
     if prompt.min() < 0 or prompt.max() >= config.vocab_size:   # CUDA would end the process
         raise ValueError(f"a prompt with ids outside the vocabulary of {config.vocab_size}")
 
-    capacity = S + T - 1                                        # the last code is not fed back
-    cache = Cache(config, B, capacity, prompt.device, model.head.dtype)
-    hidden = model(prompt, cache)[:, -1]                        # (B, D)
-    cache.expand(group)
-    hidden = hidden.repeat_interleave(group, 0)                 # (B G, D)
-    logits = model.visual_logits(hidden)                        # (B G, V)
+    device, R = prompt.device, B * group
+    noise = None                            # greedy decoding
+    if top_k != 1:                          # else all of it at once: one call for each generator
+        noise = gumbel_noise((R, T, config.n_visual), generator, device)
+    codes = torch.empty(R, T, dtype=torch.int64, device=device)
+    support = torch.empty(R, T, config.n_visual, dtype=torch.bool, device=device)
+    ids = torch.empty(R, 1, dtype=torch.int64, device=device)   # the newest code, as an id
+    t = torch.zeros(1, dtype=torch.int64, device=device)        # codes there are
+    next_codes = compiled(sample) if model.compile_decoding else sample
 
-    shape = (B * group, T)
-    codes = torch.empty(shape, dtype=torch.int64, device=prompt.device)
-    support = torch.empty(*shape, config.n_visual, dtype=torch.bool, device=prompt.device)
-    step = decode_step(model, cache, model.visual_logits)
-    for t in range(T):                      # nothing in here makes the CPU wait for the GPU
-        support[:, t] = truncate(logits, top_k, top_p)
-        codes[:, t] = draw(logits, support[:, t], generator)
-        if t + 1 < T:
-            logits = step(model.first_code + codes[:, t:t + 1])
+    def append(hidden: Tensor) -> None:     # (R, D): samples code t and stores it
+        own_noise = None if noise is None else noise.index_select(1, t)[:, 0]
+        new, its_support = next_codes(hidden, model.visual_head, own_noise, top_k, top_p)
+        codes.index_copy_(1, t, new[:, None])
+        support.index_copy_(1, t, its_support[:, None])
+        ids.copy_(model.first_code + new[:, None])
+        t.add_(1)
+
+    cache = Cache(config, B, S + T - 1, device, model.head.dtype)       # the last is not fed back
+    hidden = model(prompt, cache)[:, -1]                        # (B, D): one prefill for a group
+    cache.expand(group)
+    append(hidden.repeat_interleave(group, 0))
+    step = capture(lambda: append(model(ids, cache)[:, -1]), cache, ids, t)
+    for _ in range(T - 1):                  # nothing in here makes the CPU wait for the GPU
+        step()
     return codes.view(B, group, T), support.view(B, group, T, -1)
 
 
@@ -559,43 +622,60 @@ def check_length(config: LlamaConfig, S: int, T: int) -> None:
                          f"{config.max_position_embeddings}")
 
 
+def capture(step: Callable[[], Tensor | None], cache: Cache,
+            *state: Tensor) -> Callable[[], Tensor | None]:
+    """
+    step, a function without arguments that appends one token to the cache -> a function that does
+    the same. On CUDA its hundreds of kernels are captured in a graph and replayed with one launch;
+    every call returns the same tensor, which the next call overwrites.
+
+    Capturing takes about as long as ten steps, and runs `step` once before: `state` names the other
+    tensors that it changes and reads again, which are set back.
+    """
+    if not cache.kv.is_cuda or cache.length == cache.capacity:  # full: nothing to decode
+        return step
+
+    device, before = cache.kv.device, [x.clone() for x in state]
+    with torch.cuda.device(device):
+        cache.position = torch.tensor([cache.length], device=device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):       # warm-up: libraries allocate their workspaces
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step()
+        # Back to the start. What the warm-up wrote there stays masked until it is overwritten.
+        cache.position.fill_(cache.length)
+        for x, old in zip(state, before):
+            x.copy_(old)
+
+    def replay() -> Tensor | None:
+        cache.require(1)
+        graph.replay()
+        cache.length += 1
+        return result
+
+    return replay
+
+
 def decode_step(model: Llama, cache: Cache,
                 to_logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """
     Returns a function that appends ids (B, 1) to the cache and returns the logits (B, V) of the
-    next token. to_logits: model.visual_logits or model.logits.
-
-    On CUDA the hundreds of kernels of a step are captured in a graph and replayed with one launch.
-    Capturing takes about as long as ten steps. On CUDA every call returns the same tensor, which
-    the next call overwrites.
+    next token (see `capture`). to_logits: model.visual_logits or model.logits.
     """
+    ids = torch.zeros(cache.batch, 1, dtype=torch.int64, device=cache.kv.device)
+
     @torch.no_grad()
-    def step(ids: Tensor) -> Tensor:
+    def step() -> Tensor:
         return to_logits(model(ids, cache)[:, -1])
 
-    if not cache.kv.is_cuda or cache.length == cache.capacity:  # full: nothing to decode
-        return step
+    run = capture(step, cache)
 
-    device = cache.kv.device
-    with torch.cuda.device(device):
-        cache.position = torch.tensor([cache.length], device=device)
-        ids = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):       # warm-up: libraries allocate their workspaces
-            step(ids)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = step(ids)
-        # Back to the start. What the warm-up wrote there stays masked until it is overwritten.
-        cache.position.fill_(cache.length)
-
-    def replay(new: Tensor) -> Tensor:                          # new (B, 1)
-        cache.require(1)
-        cache.length += 1
+    def decode(new: Tensor) -> Tensor:                          # new (B, 1)
         ids.copy_(new)
-        graph.replay()
-        return logits
+        return run()
 
-    return replay
+    return decode

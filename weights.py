@@ -277,8 +277,26 @@ def config_from_meta(raw: dict, rows: int) -> LlamaConfig:
 # ------------------------------------------------------------------ the tensors
 
 
+def hugging_face_names(model: Llama) -> dict[str, Tensor]:
+    """
+    The parameters under Hugging Face's names, which has a matrix each for q, k, v, gate and up:
+    views of the rows of qkv_proj and gate_up_proj.
+    """
+    c = model.config
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    parts = {"qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
+             "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}}
+    named = {}
+    for name, value in model.state_dict().items():              # detached
+        *prefix, module, leaf = name.split(".")
+        rows = parts.get(module, {module: len(value)})
+        for part, view in zip(rows, value.split([*rows.values()])):
+            named[".".join([*prefix, part, leaf])] = view
+    return named
+
+
 def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -> Llama:
-    """Builds the model without memory, then puts the tensors in their places one by one."""
+    """Builds the model with empty tensors, then fills them one by one."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype = {dtype}: it must be float32, bfloat16 or float16")
     config = read_config(folder)
@@ -286,19 +304,19 @@ def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -
         raise ValueError(f"{folder} has {config.n_visual} visual codes, not n_visual = {n_visual}")
     with torch.device("meta"):
         model = Llama(config)
-    wanted = {name for name, _ in model.named_parameters()}     # and not found yet
+    known = hugging_face_names(model).keys()
+    wanted = {*known}                                           # and not found yet
     own_head = None
     tensors = meta_tensors if is_meta(folder) else hugging_face_tensors
     for path, name, value in tensors(folder, model):
         if name == HEAD and config.tie_word_embeddings:
             own_head = path, value                              # memory-mapped: no copy yet
         elif name in wanted:
-            dtype = dtype or value.dtype
             put(model, path, name, value, dtype, device)
             wanted.remove(name)
-        elif name not in model.state_dict():
+        elif name not in known:
             raise ValueError(f"{path} holds {name}, which this model does not have")
-        elif not is_equal(model.get_parameter(name), value):
+        elif not is_equal(hugging_face_names(model)[name], value):
             raise ValueError(f"{path} holds {name}, which another file has with other values")
         del value                                               # free it before the next
     if own_head and EMBEDDING in wanted:                        # tied, stored under this name
@@ -309,8 +327,9 @@ def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -
         raise ValueError(f"{folder} lacks {len(wanted)} tensors, the first of them {min(wanted)}"
                          f"{tied if wanted == {HEAD} else ''}")
     if own_head and not is_equal(model.head, own_head[1]):      # so it is not tied
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+        model.lm_head = head.to(model.head.dtype).to_empty(device=model.head.device)
         model.config = dataclasses.replace(config, tie_word_embeddings=False)
-        model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
         put(model, own_head[0], HEAD, own_head[1], dtype, device)
     model.source = folder.resolve()
     model.generation = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
@@ -319,19 +338,24 @@ def load_model(folder: Path, dtype: torch.dtype | None, device, n_visual: int) -
     return model
 
 
-def put(model: Llama, path: Path, name: str, value: Tensor, dtype: torch.dtype, device) -> None:
-    """Puts a tensor of the file `path` in its place. Raises ValueError if it does not fit."""
-    shape = model.get_parameter(name).shape
-    if value.shape != shape:
+def put(model: Llama, path: Path, name: str, value: Tensor, dtype: torch.dtype | None,
+        device) -> None:
+    """
+    Copies a tensor of the file `path` to its place in the model, which the first one gives memory
+    (dtype None: in its type). Raises ValueError if it does not fit.
+    """
+    place = hugging_face_names(model)[name]
+    if value.shape != place.shape:
         raise ValueError(f"{path}: {name} is {tuple(value.shape)}, the config asks for "
-                         f"{tuple(shape)}")
+                         f"{tuple(place.shape)}")
     if value.dtype not in DTYPES:
         raise ValueError(f"{path}: {name} is {value.dtype}, not float32, bfloat16 or float16")
-    value = value.to(device or "cpu", dtype, copy=True)         # a copy: no tie to the file
-    if not torch.isfinite(value).all():
-        raise ValueError(f"{path}: {name} holds NaN or infinity (in {value.dtype})")
-    module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(value))
+    if place.is_meta:
+        model.to(dtype or value.dtype).to_empty(device=device or "cpu")
+        place = hugging_face_names(model)[name]
+    place.copy_(value)
+    if not torch.isfinite(place).all():
+        raise ValueError(f"{path}: {name} holds NaN or infinity (in {place.dtype})")
 
 
 def is_equal(parameter: Tensor, value: Tensor) -> bool:
@@ -343,7 +367,7 @@ def hugging_face_tensors(folder: Path, model: Llama) -> Iterator[tuple[Path, str
     (file, name, tensor) one by one, memory-mapped: read when they are used. As in transformers,
     names may lack the prefix "model.", and what an index does not list is read if it is needed.
     """
-    known = {HEAD, *model.state_dict()}
+    known = {HEAD, *hugging_face_names(model)}
     files, listed = weight_files(folder)
     for path in files:
         try:
@@ -468,7 +492,7 @@ def save_model(model: Llama, folder: Path) -> None:
                     shutil.copyfile(path, part(name))
                     copied.append(name)
 
-    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    tensors = {name: t.contiguous().cpu() for name, t in hugging_face_names(model).items()}
     try:
         save_file(tensors, part(WEIGHTS), {"format": "pt"})
     except SafetensorError as error:                            # a full disk, for one

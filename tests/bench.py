@@ -227,14 +227,12 @@ def plain_loop(model: lm.Llama, prompt: Tensor, n: int) -> Callable:
     c = model.config
 
     def forward(ids, caches, start):
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-        angle = (positions[:, None] * lm.rope_frequencies(c, ids.device)).repeat(1, 2)
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = lm.rope_table(c, start + ids.shape[1], ids.device)[:, start:]
         x = model.model["embed_tokens"](ids)
         for block, cache in zip(model.model["layers"], caches):
             a, h = block.self_attn, block.input_layernorm(x)
-            q, k, v = (project(h).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
-                       for project in (a.q_proj, a.k_proj, a.v_proj))
+            qkv = a.qkv_proj(h).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+            q, k, v = qkv.split([a.heads, a.kv_heads, a.kv_heads], 1)
             new = [lm.rotate(k, cos, sin), v]
             cache[:] = [torch.cat(pair, 2) for pair in zip(cache, new)] if cache else new
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in cache)
@@ -256,21 +254,40 @@ def plain_loop(model: lm.Llama, prompt: Tensor, n: int) -> Callable:
     return decode
 
 
-def static_loop(model: lm.Llama, prompt: Tensor, n: int) -> Callable:
-    """What `lm.generate` does after its prefill, as a function that is timed apart from it."""
-    size = prompt.shape[1] + n
-    cache = lm.Cache(model.config, len(prompt), size, prompt.device, model.head.dtype)
-    first = model.visual_logits(model(prompt, cache)[:, -1]).clone()
-    step = lm.decode_step(model, cache, model.visual_logits)
+@torch.no_grad()
+def generate_loop(model: lm.Llama, prompt: Tensor, n: int, steps: int | None = None) -> Callable:
+    """
+    The loop of `lm.generate` over n codes after the first, or the first `steps` of them, as a
+    function that is timed apart from the prefill and the capture of the graph.
+    """
+    loop = []
+
+    def keep(step, cache, *state):
+        start = [x.clone() for x in state]
+        loop[:] = lm_capture(step, cache, *state), cache, list(zip(state, start)), step
+        return lambda: None
+    lm_capture = lm.capture
+    with mock.patch.object(lm, "capture", keep):
+        lm.generate(model, prompt, n + 1)
 
     def decode():
-        cache.length, logits = prompt.shape[1], first
+        replay, cache, states, _ = loop
+        cache.length = prompt.shape[1]
         if cache.position is not None:
             cache.position.fill_(cache.length)
-        for _ in range(n):
-            ids = model.first_code + lm.draw(logits, lm.truncate(logits))
-            logits = step(ids[:, None])
+        for x, start in states:
+            x.copy_(start)
+        for _ in range(steps or n):
+            replay()
     return decode
+
+
+def compiled_loop(model: lm.Llama, *sizes) -> Callable:
+    """generate_loop with kernels of torch.compile."""
+    model.compile_decoding = True
+    loop = generate_loop(model, *sizes)
+    model.compile_decoding = False
+    return loop
 
 
 def used_parameters(model: lm.Llama) -> int:
@@ -285,16 +302,21 @@ def bench_decode(name: str, model: lm.Llama, bandwidth: float, batch: int, promp
                  n: int) -> None:
     c, size = model.config, model.head.element_size()
     ids = torch.randint(c.vocab_size, (batch, prompt), device=DEVICE)
+    steps = min(n, 64) if CUDA else n       # in a graph, every step takes as long as the last
     ways = {"prefill": lambda: model(ids, lm.Cache(c, batch, prompt, DEVICE, DTYPE)),
-            "decode": static_loop(model, ids, n)}
+            "decode": generate_loop(model, ids, n, steps)}
+    if CUDA and train.can_compile(DEVICE, True):
+        ways["compiled"] = compiled_loop(model, ids, n, steps)
     seconds = alternate(ways, 3)
     positions = prompt + (n if CUDA else n / 2)     # a graph's attention covers the whole capacity
     per_position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     moved = size * (used_parameters(model) + batch * positions * per_position)
-    prefill, decode = batch * prompt / seconds["prefill"], batch * n / seconds["decode"]
-    share = moved * n / seconds["decode"] / bandwidth
-    print(f"{name:12s} {batch:5d} {prefill:14,.0f} {decode:13,.0f} {moved / MIB:12,.1f} "
-          f"{share:10.1%}")
+    prefill = batch * prompt / seconds.pop("prefill")
+    line = f"{name:12s} {batch:5d} {moved / MIB:12,.1f} {prefill:14,.0f}"
+    for way, s in seconds.items():
+        rate, share = batch * steps / s, moved * steps / s / bandwidth
+        line += f" {rate:13,.0f} {share:10.1%}"
+    print(line)
 
 
 def bench_training(name: str, model: lm.Llama, rate: float, batch: int, tokens: int) -> None:
@@ -317,7 +339,7 @@ TINY = (128256, 128, 384, 4, 4, 2, 32)
 SHAPES = {"tiny": TINY, "100M": (128256, 768, 2304, 14, 12, 4, 64)}
 
 
-def bench_lm(shapes: dict[str, tuple] = SHAPES, batches: tuple[int, ...] = (1, 32, 256),
+def bench_lm(shapes: dict[str, tuple] = SHAPES, batches: tuple[int, ...] = (1, 32, 224),
              prompt: int = 49, n: int = 16, train_batch: int = 4, train_tokens: int = 256,
              largest: bool = CUDA, **limits) -> None:
     """
@@ -334,8 +356,9 @@ def bench_lm(shapes: dict[str, tuple] = SHAPES, batches: tuple[int, ...] = (1, 3
         with DEVICE:
             models["llama-3.1-8b"] = lm.Llama(lm.CONFIGS["llama-3.1-8b"]).to(DTYPE)
         models["llama-3.1-8b"].extend(256)
-    print(f"\n{'':12s} {'batch':>5s} {'prefill tok/s':>14s} {'decode tok/s':>13s} "
-          f"{'MiB per step':>12s} {'of copying':>10s}")
+    print(f"\n{'':12s} {'batch':>5s} {'MiB per step':>12s} {'prefill tok/s':>14s} "
+          f"{'decode tok/s':>13s} {'of copying':>10s}"
+          + f" {'compiled':>13s} {'of copying':>10s}" * CUDA)
     for name, model in models.items():
         for batch in batches:
             bench_decode(name, model, bandwidth, batch, prompt, n)
@@ -356,7 +379,7 @@ def bench_lm(shapes: dict[str, tuple] = SHAPES, batches: tuple[int, ...] = (1, 3
     for name, model in models.items():
         ids = torch.randint(model.config.vocab_size, (B, prompt), device=DEVICE)
         with torch.no_grad():
-            ways = {"ours": static_loop(model, ids, n), "plain": plain_loop(model, ids, n)}
+            ways = {"ours": generate_loop(model, ids, n), "plain": plain_loop(model, ids, n)}
             s = alternate(ways, 3)
         ours, plain = B * n / s["ours"], B * n / s["plain"]
         print(f"{name:12s} {ours:10,.0f} {plain:10,.0f} {ours / plain:7.1f}x")

@@ -34,11 +34,13 @@ COPIES = {                                  # part: the names that are copied, i
              "ddt.Modulation ddt.Stream ddt.MMDiT",
     "VAE": "vae.ResnetBlock vae.AttentionBlock vae.Downsample vae.Upsample vae.DownBlock "
            "vae.UpBlock vae.MidBlock vae.Encoder vae.Decoder vae.VAE",
-    "Llama": "lm.LLAMA31_ROPE lm.is_positive lm.LlamaConfig lm.rope_frequencies lm.rotate "
-             "lm.Cache lm.RMSNorm lm.Attention lm.MLP lm.Block lm.project lm.more_rows lm.Llama",
-    "generate": "lm.LLAMA31_ROPE lm.is_positive lm.LlamaConfig lm.rope_frequencies lm.rotate "
-                "lm.Cache lm.RMSNorm lm.Attention lm.MLP lm.Block lm.project lm.more_rows "
-                "lm.Llama lm.truncate lm.draw lm.check_length lm.decode_step lm.generate",
+    "Llama": "lm.LLAMA31_ROPE lm.is_positive lm.LlamaConfig lm.rope_frequencies lm.rope_table "
+             "lm.rotate lm.Cache lm.RMSNorm lm.attend lm.Attention lm.MLP lm.Block "
+             "lm.call_block lm.compiled lm.project lm.more_rows lm.Llama",
+    "generate": "lm.LLAMA31_ROPE lm.is_positive lm.LlamaConfig lm.rope_frequencies lm.rope_table "
+                "lm.rotate lm.Cache lm.RMSNorm lm.attend lm.Attention lm.MLP lm.Block "
+                "lm.call_block lm.compiled lm.project lm.more_rows lm.Llama lm.truncate "
+                "lm.gumbel_noise lm.choose lm.sample lm.check_length lm.capture lm.generate",
     "AdamW": "train.Bucket train.group_parameters train.AdamW",
     "number_sequences": "prior.PLACES prior.number_sequences",
     "advantages": "grpo.REWARD_NOISE grpo.advantages",

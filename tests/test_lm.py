@@ -6,18 +6,22 @@ The language model: logits against transformers', the cache, sampling and scorin
 fixtures/{llama31,llama2,qwen25-tied,qwen25-untied} are small random models that transformers wrote,
 with their logits and greedy continuations.
 """
+import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lm
-from lm import (CONFIGS, Cache, Llama, LlamaConfig, decode_step, draw, generate, logprobs,
-                rope_frequencies, truncate)
+import train
+from lm import (CONFIGS, Cache, Llama, LlamaConfig, capture, choose, decode_step, draw, generate,
+                gumbel_noise, logprobs, rope_frequencies, truncate)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PEERS = ["llama31", "llama2", "qwen25-tied", "qwen25-untied"]
@@ -25,10 +29,10 @@ SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
            "original_max_position_embeddings": 8192}
 
 
-def small(kv_heads=2, n_visual=32, vocab=80, seed=0, **other) -> Llama:
+def small(kv_heads=2, n_visual=32, vocab=80, seed=0, layers=2, **other) -> Llama:
     """A random model with weights so large that the logits of different prompts differ."""
     torch.manual_seed(seed)
-    model = Llama(LlamaConfig(vocab, 32, 48, 2, 4, kv_heads, 8, n_visual=n_visual, **other))
+    model = Llama(LlamaConfig(vocab, 32, 48, layers, 4, kv_heads, 8, n_visual=n_visual, **other))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.ndim == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
     return model.requires_grad_(False)
@@ -259,6 +263,15 @@ def test_frequencies_of_draw_are_the_truncated_softmax(top_k, top_p):
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5            # mean + 4 standard deviations
 
 
+def test_every_generator_has_its_block_of_noise():
+    noise = gumbel_noise((6, 5, 4), [seeded(i) for i in range(3)])
+    for i in range(3):
+        assert torch.equal(noise[2 * i:2 * i + 2], gumbel_noise((2, 5, 4), seeded(i)))
+    many = gumbel_noise((200_000,), seeded()).double()          # mean: Euler's constant
+    assert abs(many.mean() - 0.5772157) < 4 * math.pi / 6 ** 0.5 / 200_000 ** 0.5
+    assert abs(many.var() - math.pi ** 2 / 6) < 0.05
+
+
 # ------------------------------------------------------------------ generate
 
 
@@ -338,10 +351,10 @@ def test_sampler_and_scorer_are_one_policy(monkeypatch, top_k, top_p):
     """What the sampler drew from, recorded, is what a forward over the whole sequence scores."""
     model, used = small(), []
 
-    def recording(logits, support, generator=None):
+    def recording(logits, support, noise):
         used.append(logits.masked_fill(~support, -torch.inf).softmax(-1))
-        return draw(logits, support, generator)
-    monkeypatch.setattr(lm, "draw", recording)
+        return choose(logits, support, noise)
+    monkeypatch.setattr(lm, "choose", recording)
     prompt = prompts_of(model)
     codes, support = generate(model, prompt, 24, 4, top_k, top_p, seeded())
     p = torch.stack(used, 1).view(3, 4, 24, 32).gather(-1, codes[..., None])[..., 0]
@@ -352,6 +365,103 @@ def test_sampler_and_scorer_are_one_policy(monkeypatch, top_k, top_p):
     assert support.gather(-1, codes[..., None]).all()
     assert codes.min() >= 0 and codes.max() < 32 and len(codes.unique()) > 16
     assert len({tuple(row) for row in codes[0].tolist()}) == 4  # four samples, not one four times
+
+
+@torch.no_grad()
+def test_frequencies_of_generate_are_the_policy():
+    """The three tokens of 40,000 samples against the product of their truncated softmaxes."""
+    model, n = small(n_visual=4, vocab=10), 40_000
+    model.lm_head.weight.mul_(0.4)                              # no sequence is rare
+    prompt = torch.tensor([[1, 7, 3]])
+    codes, _ = generate(model, prompt, 3, n, top_k=3, top_p=0.8, generator=seeded(1))
+    index = torch.tensor([16, 4, 1])
+    counts = torch.bincount((codes[0] * index).sum(-1), minlength=64).double()
+    every = torch.cartesian_prod(*[torch.arange(4)] * 3)        # (64, 3)
+    logits = full_logits(model, prompt, every[None])
+    logp = logprobs(logits, every[None], truncate(logits, 3, 0.8))[0].double()
+    p = logp.sum(-1).exp()                                      # (64,)
+    assert abs(p.sum() - 1) < 1e-5 and (counts[p == 0] == 0).all() and 5 < (p > 0).sum() < 27
+    expected = n * p[p > 0]
+    chi2, freedom = ((counts[p > 0] - expected) ** 2 / expected).sum(), len(expected) - 1
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5            # mean + 4 standard deviations
+
+
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that `capture` takes for one on a GPU."""
+    is_cuda = True
+
+
+@pytest.mark.parametrize("top_k", [1, 20])
+@torch.no_grad()
+def test_what_a_graph_replays_samples_the_same(monkeypatch, top_k):
+    """
+    `capture` with stand-ins for torch.cuda's functions: replaying is calling the step, at fixed
+    shapes, after the warm-up and the capture have run it and have been undone.
+    """
+    model = small(rope_scaling=SCALING)
+    prompt, steps = prompts_of(model), []
+    expected = generate(model, prompt, 12, 2, top_k, generator=[seeded(i) for i in range(3)])
+
+    def on_cuda(step, cache, *state):
+        def counted():
+            steps.append(cache.position.item())
+            step()
+        graph = SimpleNamespace(replay=counted)
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name in ("device", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, lambda x: contextlib.nullcontext())
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda: stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+        cache.kv = cache.kv.as_subclass(OnCuda)
+        return capture(counted, cache, *state)
+    monkeypatch.setattr(lm, "capture", on_cuda)
+    codes, support = generate(model, prompt, 12, 2, top_k, generator=[seeded(i) for i in range(3)])
+    assert torch.equal(codes, expected[0]) and torch.equal(support, expected[1])
+    assert steps == [5, 6, *range(5, 16)]                       # warm-up, capture, 11 replays
+
+
+@torch.no_grad()
+def test_compiled_steps_sample_the_same(monkeypatch):
+    """
+    All layers share one compiled block, at fixed shapes as in a graph. The backend is no compiler:
+    it runs the traced operations one by one.
+    """
+    import torch._dynamo.testing                                # takes seconds
+    model = small(layers=5)
+    prompt = prompts_of(model)
+    expected = generate(model, prompt, 12, 2, 20, generator=seeded())
+
+    def at_fixed_shapes(step, cache, *state):
+        cache.position = torch.tensor([cache.length])
+        return step
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(lm, "capture", at_fixed_shapes)
+    monkeypatch.setattr(lm, "compiled", functools.cache(lm.compiled.__wrapped__))
+    model.compile_decoding = True
+    codes, support = generate(model, prompt, 12, 2, 20, generator=seeded())
+    assert torch.equal(codes, expected[0]) and torch.equal(support, expected[1])
+    assert counter.frame_count == 2                             # a block, and sampling
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; with stand-ins above")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("top_k", [1, 20])
+@torch.no_grad()
+def test_generate_on_cuda_is_the_policy(compile, top_k):
+    device = torch.device("cuda")
+    if compile and not train.can_compile(device, False):
+        pytest.skip("torch.compile needs Triton and a C compiler")
+    model, prompt = small(rope_scaling=SCALING).to(device), prompts_of(small()).to(device)
+    model.compile_decoding = compile
+    generators = [torch.Generator(device).manual_seed(i) for i in range(3)]
+    codes, support = generate(model, prompt, 24, 4, top_k, generator=generators)
+    agree = truncate(full_logits(model, prompt, codes), top_k) == support
+    assert agree.float().mean() > 0.999 and support.gather(-1, codes[..., None]).all()
+    generators = [torch.Generator(device).manual_seed(1)]
+    alone, _ = generate(model, prompt[1:2], 24, 4, top_k, generator=generators)
+    assert (alone[0] == codes[1]).float().mean() > 0.9          # products of other sizes round
 
 
 @torch.no_grad()
@@ -392,10 +502,10 @@ def test_the_cache_is_no_longer_than_needed(monkeypatch, T):
     """The last code is not given to the model: the cache ends full, or full from the start."""
     model, caches = small(), []
 
-    def recording(model, cache, to_logits):
+    def recording(step, cache, *state):
         caches.append(cache)
-        return decode_step(model, cache, to_logits)
-    monkeypatch.setattr(lm, "decode_step", recording)
+        return capture(step, cache, *state)
+    monkeypatch.setattr(lm, "capture", recording)
     codes, _ = generate(model, prompts_of(model), T, 2, generator=seeded())
     assert codes.shape == (3, 2, T)
     assert caches[0].length == caches[0].capacity == 5 + T - 1 and caches[0].batch == 6

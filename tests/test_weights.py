@@ -546,7 +546,7 @@ META_NAMES = {
 def to_meta(folder: Path, model: Llama, **params) -> Path:
     """A model in Meta's layout: rows 2i, 2i + 1 of a head of q or k are our rows i, i + d/2."""
     c, tensors = model.config, {"rope.freqs": torch.zeros(3)}
-    for name, value in model.state_dict().items():
+    for name, value in weights.hugging_face_names(model).items():
         if "q_proj" in name or "k_proj" in name:
             d, rows = c.head_dim, []
             for head in range(len(value) // d):
