@@ -9,7 +9,7 @@
 #
 #     OUT=DIR tests/gpu.sh ...        where logs, results and summary.txt go (default: runs/gpu)
 #     WHEELS=DIR tests/gpu.sh ...     first installs the wheels in DIR
-#     REHEARSE=1 tests/gpu.sh ...     on the CPU, at the smallest sizes: 4 minutes on 2 cores
+#     REHEARSE=1 tests/gpu.sh ...     on the CPU, at the smallest sizes, in a few minutes
 #
 # OUT holds eight files at most: four logs, summary.txt, and of `small` its GIF, its film strip and
 # small.tgz (results.json, the stages' log.jsonl, pictures). The exit status is 1 if a part failed.
@@ -42,16 +42,19 @@ part_bench() {
 }
 
 part_small() {
-    local flags=(--preset small --out "$WORK/run")
-    if [ "$REHEARSE" ]; then
-        local few="--steps 2 --clips 4"
-        python3 vae.py "${flags[@]}" $few --batch 2 --eval_clips 2
-        python3 ddt.py "${flags[@]}" $few --batch 2 --eval_clips 2 --frames 8
-        python3 prior.py "${flags[@]}" --steps 2 --batch 2
-        python3 sft.py "${flags[@]}" $few --batch 2 --eval_clips 2
-        flags+=($few --prompts 2 --group 2 --eval_clips 2)
+    if [ -z "$REHEARSE" ]; then
+        python3 grpo.py --preset small --out "$WORK/run"; return
     fi
-    python3 grpo.py "${flags[@]}"
+    python3 - "$WORK/run" <<'PYTHON'
+import sys, ddt, evaluate, grpo, prior, sft, train, vae
+for stage in (vae, ddt, prior, sft, grpo):
+    cut = dict(steps=2, clips=4, eval_clips=2, batch=2, prompts=2, group=2, frames=8, size=32,
+               encoder_layers=1, layers=1)
+    stage.PRESETS["small"] |= {k: v for k, v in cut.items() if hasattr(stage.Config, k)}
+evaluate.SPLITS = ("iid", "fast")
+ddt.center_error.__defaults__ = (2,)                        # clips
+train.cli(lambda: grpo.main(["--preset", "small", "--out", sys.argv[1]]))
+PYTHON
 }
 
 part_sweep() {
@@ -62,12 +65,11 @@ part_sweep() {
     python3 -m experiments.sweep --out "$WORK/sweep" "${flags[@]}"
 }
 
-# What the part `small` has left, however it ended.
-collect() {
-    cp "$WORK"/run/clips.{gif,png} "$OUT"
-    (cd "$WORK/run" && tar czf "$OUT/small.tgz" $(find . -name '*.json*' -o -name '*.png' \
-        -o -name '*.gif'))
-    python3 -m experiments.times "$WORK/run" >>"$1"
+collect() {         # what the part `small` has left, however it ended; prints its times
+    find "$WORK/run" -maxdepth 1 -name 'clips.*' -exec cp {} "$OUT" \;
+    (cd "$WORK/run" && find . -name '*.json*' -o -name '*.png' -o -name '*.gif' |
+        tar czf "$OUT/small.tgz" -T -)
+    python3 -m experiments.times "$WORK/run" | tee -a "$OUT/small.log"
 } 2>>"$OUT/small.log"
 
 stop() { echo "tests/gpu.sh: $1" >&2; exit 2; }
@@ -111,7 +113,7 @@ PYTHON
 for part in "$@"; do
     log=$OUT/$part.log began=$SECONDS result=ok more=
     # KILL, to the whole group: a process that compiles does not always end at TERM
-    timeout -s KILL "${LIMIT[$part]}" bash "$0" --run "$part" >"$log" 2>&1
+    timeout -s KILL "${LIMIT[$part]}" bash tests/gpu.sh --run "$part" >"$log" 2>&1
     code=$?
     [ $code -eq 0 ] || { result="FAILED ($code; 137: over its ${LIMIT[$part]} s)"; failed=1; }
     seconds=$((SECONDS - began))
@@ -119,7 +121,7 @@ for part in "$@"; do
         tests) more="$(grep -c "^== .* passed" "$log") files passed, of them $(
                    grep -c "^== .* failed" "$log") with failures";;
         bench) more=$(grep "TFLOP/s\|^llama-3.1-8b\|^100M" "$log" | head -n 4);;
-        small) collect "$log"; more=$(tail -n 9 "$log" | cut -c -29);;
+        small) more=$(collect | cut -c -29 | paste -sd";" | tr -s " ");;
         sweep) more="$(grep -c "^\(SFT\|RL\) .*[0-9]$" "$log") of 12 trainings";;
     esac
     echo "$part: $result, $seconds s: $more" >>"$OUT/summary.txt"
