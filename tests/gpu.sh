@@ -93,6 +93,7 @@ PYTHON
 [ -z "$missing" ] || stop "python3 lacks $missing: pip install -r requirements.txt, or WHEELS=DIR"
 if [ "$REHEARSE" ]; then
     export CUDA_VISIBLE_DEVICES=
+    for part in "${PARTS[@]}"; do LIMIT[$part]=1200; done
 elif ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     stop "torch sees no CUDA GPU here. REHEARSE=1 tests/gpu.sh runs all parts on the CPU"
 fi
@@ -120,7 +121,9 @@ for part in "$@"; do
     case $part in
         tests) more="$(grep -c "^== .* passed" "$log") files passed, of them $(
                    grep -c "^== .* failed" "$log") with failures";;
-        bench) more=$(grep "TFLOP/s\|^llama-3.1-8b\|^100M" "$log" | head -n 4);;
+        # name, batch, tokens per second, share of the copy (last line: the matrix) rate: 100M at
+        # batch 256, 8B at 1, 32 and 256, training of 100M
+        bench) more=$'\n'$(grep "^\(llama-3.1-8b\|100M\) .*%$" "$log" | tail -n 5 | tr -s " ");;
         small) more=$(collect | cut -c -29 | paste -sd";" | tr -s " ");;
         sweep) more="$(grep -c "^\(SFT\|RL\) .*[0-9]$" "$log") of 12 trainings";;
     esac
