@@ -8,6 +8,7 @@ the machine does slows both. Printed are medians.
     python tests/bench.py lm            # tokens per second of prefill, decoding and training
     python tests/bench.py grpo          # a step of GRPO by part, its memory beside the plan
     python tests/bench.py --small       # every section at its smallest size, in seconds
+    python tests/bench.py lm --short    # one repeat after the warm-up; of 8B no plain loop
     torchrun --nproc_per_node=2 tests/bench.py grpo
 
 Runs on the GPU where there is one, with larger sizes. On 2 CPU cores with nothing else to do, sim
@@ -47,6 +48,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 MIB = 2 ** 20
+MOST_REPEATS = 99               # after the warm-up; --short: 1
 
 
 def wait() -> None:
@@ -58,7 +60,7 @@ def wait() -> None:
 def alternate(ways: dict[str, Callable], repeats: int = 5) -> dict[str, float]:
     """Functions by name -> median seconds per call. One call each to warm up, then in turn."""
     seconds = {name: [] for name in ways}
-    for turn in range(repeats + 1):
+    for turn in range(min(repeats, MOST_REPEATS) + 1):
         for name, way in ways.items():
             begin = time.perf_counter()
             way()
@@ -377,6 +379,8 @@ def bench_lm(shapes: dict[str, tuple] = SHAPES, batches: tuple[int, ...] = (1, 3
     print(f"\ndecoding {B} sequences, tokens per second\n"
           f"{'':12s} {'ours':>10s} {'plain loop':>10s} {'ratio':>8s}")
     for name, model in models.items():
+        if MOST_REPEATS == 1 and name not in shapes:
+            continue
         ids = torch.randint(model.config.vocab_size, (B, prompt), device=DEVICE)
         with torch.no_grad():
             ways = {"ours": generate_loop(model, ids, n), "plain": plain_loop(model, ids, n)}
@@ -535,7 +539,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION",
                         help=f"{', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--small", action="store_true", help="the smallest sizes, in seconds")
+    parser.add_argument("--short", action="store_true", help="one repeat instead of the median of "
+                        "several; no plain loop with Llama-3.1-8B")
     args = parser.parse_args(argv)
+    global MOST_REPEATS
+    MOST_REPEATS = 1 if args.short else MOST_REPEATS
     for name in args.sections:
         if name not in SECTIONS:
             parser.error(f"unknown section {name!r}: choose from {', '.join(SECTIONS)}")
