@@ -177,7 +177,6 @@ class Rollouts:
     codes: Tensor               # (R, T)        the sampled tokens as codes
     support: Tensor             # (R, T, V)     bool: the codes that top-k and top-p left to draw
     logp_old: Tensor            # (R, T)        log-probabilities under the policy that sampled
-    logits_ref: Tensor          # (R, T, V)     logits of the frozen SFT model
     advantage: Tensor           # (R, T)
 
 
@@ -185,7 +184,6 @@ class Rollouts:
 class KnownSequences:
     """What the SFT model knows and RL does not sample: only a KL to that model is taken on it."""
     ids: Tensor                 # (B, S)        BOS and the codes of a clip, or number sequence
-    logits_ref: Tensor          # (B, T, V)     logits of the frozen SFT model
 
 
 def micro_batches(batch: Rollouts | KnownSequences, n: int) -> list:
@@ -210,13 +208,24 @@ class CodeLogits(nn.Module):
 
 
 @torch.no_grad()
-def frozen_logits(model: Llama, ids: Tensor, T: int, micro_batch: int) -> Tensor:
-    """CodeLogits without gradient, micro_batch rows at a time: ids (R, S) -> (R, T, V)."""
-    return torch.cat([CodeLogits(model)(part, T) for part in ids.split(micro_batch)])
+def frozen_logits(model: Llama, ids: Tensor, T: int) -> Tensor:
+    """CodeLogits without gradient: ids (R, S) -> (R, T, V)."""
+    return CodeLogits(model)(ids, T)
+
+
+def frozen_logprobs(model: Llama, ids: Tensor, codes: Tensor, support: Tensor,
+                    micro_batch: int) -> Tensor:
+    """
+    Log-probabilities of the codes (R, T) that end the sequences ids (R, S), without gradient. Only
+    the logits of micro_batch rows are there at a time.
+    """
+    parts = zip(*(x.split(micro_batch) for x in (ids, codes, support)))
+    return torch.cat([logprobs(frozen_logits(model, part, c.shape[1]), c, s)
+                      for part, c, s in parts])
 
 
 @torch.no_grad()
-def rollout(policy: Llama, reference: Llama, tokenizer: DDT, clips: sim.Clips, config: Config,
+def rollout(policy: Llama, tokenizer: DDT, clips: sim.Clips, config: Config,
             generators: list[torch.Generator]) -> tuple[Rollouts, dict[str, Tensor]]:
     """
     Samples G continuations per clip with a generator per clip, decodes and scores them -> rollouts,
@@ -254,18 +263,14 @@ def rollout(policy: Llama, reference: Llama, tokenizer: DDT, clips: sim.Clips, c
     # differently, and the ratio would only be nearly 1
     codes, support = codes.flatten(0, 1), support.flatten(0, 1)                 # (R, T), (R, T, V)
     ids = torch.cat([prompt.repeat_interleave(G, 0), policy.first_code + codes], 1)     # (R, S)
-    logits = frozen_logits(policy, ids, T, config.micro_batch)                  # (R, T, V)
-    logits_ref = frozen_logits(reference, ids, T, config.micro_batch)
-    logp_old = logprobs(logits, codes, support)                                 # (R, T)
-    return Rollouts(ids, codes, support, logp_old, logits_ref, advantage), scores
+    logp_old = frozen_logprobs(policy, ids, codes, support, config.micro_batch)  # (R, T)
+    return Rollouts(ids, codes, support, logp_old, advantage), scores
 
 
 @torch.no_grad()
 def known_sequences(reference: Llama, codes: Tensor) -> KnownSequences:
-    """codes (B, F, K) of simulated clips, or number sequences, with the SFT model's logits."""
-    ids = sft.sequence(reference, codes.to(reference.head.device))              # (B, S)
-    T = (FRAMES - CONDITION) * codes.shape[2]
-    return KnownSequences(ids, frozen_logits(reference, ids, T, len(ids)))      # few: all at once
+    """codes (B, F, K) of simulated clips, or number sequences."""
+    return KnownSequences(sft.sequence(reference, codes.to(reference.head.device)))
 
 
 # ------------------------------------------------------------------ training
@@ -307,8 +312,7 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
             generators = [train.generator(config.seed, step, prompt, device=world.device)
                           for prompt in range(n_prompts)]
             clips = sim.play(posttrain[motion], index).to(world.device)
-            rollouts, scores = rollout(policy, reference, tokenizer, clips, config,
-                                       world.shard(generators))
+            rollouts, scores = rollout(policy, tokenizer, clips, config, world.shard(generators))
             # known sequences, as many of each kind as prompts
             known = {}
             if betas["pretrain"]:
@@ -329,13 +333,14 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
             kl_known = {kind: torch.zeros((), device=world.device) for kind in betas}
             for kind, part in run.accumulate(parts, policy_logits):
                 logits = policy_logits(part.ids, T)                             # (rows, T, V)
+                logits_ref = frozen_logits(reference, part.ids, T)
                 if kind == "rollouts":
-                    out = grpo_loss(logits, part.logits_ref, part.codes, part.support,
+                    out = grpo_loss(logits, logits_ref, part.codes, part.support,
                                     part.logp_old, part.advantage, config.clip_eps, config.beta)
                     loss = out["loss"].sum() / n_rollouts
                     outs.append({name: x.detach() for name, x in out.items()})
                 else:
-                    kl = kl_divergence(logits, part.logits_ref).mean(1)         # (rows,)
+                    kl = kl_divergence(logits, logits_ref).mean(1)              # (rows,)
                     loss = betas[kind] * kl.sum() / n_prompts
                     kl_known[kind] += kl.detach().sum()
                 (loss * world.size).backward()              # times ranks: a sum, not DDP's average

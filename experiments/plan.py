@@ -373,7 +373,7 @@ def plan_for(config: grpo.Config, ranks: int, c: LlamaConfig, dtype: torch.dtype
     fixed = training_memory(model, ranks)
     fixed["reference"] = fixed["parameters"]
     fixed["tokenizer"] = nbytes(tokenizer)
-    fixed["logits and supports of rollouts"] = R * T * V * (4 + 1)          # fp32 and bool
+    fixed["supports of rollouts"] = R * T * V                               # bool
     prompts_cache = cache / config.group                    # there until it is copied to the group
     passing = {"KV cache": cache + prompts_cache, "activations": micro_batch.kept}
 

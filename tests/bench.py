@@ -489,20 +489,21 @@ def bench_grpo(width: int = 4096 if CUDA else 1024, layers: int = 2, words: int 
     with (tempfile.TemporaryDirectory() as folder, watch.patches,
           train.Run(Path(folder), policy, config, world) as run):
         begin = time.perf_counter()
-        r, _ = grpo.rollout(policy, reference, tokenizer, clips, config, world.shard(generators))
-        held["logits and supports of rollouts"] = r.logits_ref.nbytes + r.support.nbytes
+        r, _ = grpo.rollout(policy, tokenizer, clips, config, world.shard(generators))
+        held["supports of rollouts"] = r.support.nbytes
         n = world.accumulation_steps(prompts, config.micro_batch, group)
         known = grpo.known_sequences(reference, sft.tokenize(tokenizer, pretrain))
-        total = 0.0
+        total, T = 0.0, r.codes.shape[1]
         parts = [*grpo.micro_batches(r, n), known]
         for part in run.accumulate(parts, policy_logits):
-            logits = policy_logits(part.ids, part.logits_ref.shape[1])
+            logits = policy_logits(part.ids, T)
+            logits_ref = grpo.frozen_logits(reference, part.ids, T)
             if isinstance(part, grpo.Rollouts):
-                loss = grpo.grpo_loss(logits, part.logits_ref, part.codes, part.support,
+                loss = grpo.grpo_loss(logits, logits_ref, part.codes, part.support,
                                       part.logp_old, part.advantage, config.clip_eps, config.beta)
                 loss = loss["loss"].sum() / (prompts * group)
             else:
-                loss = grpo.kl_divergence(logits, part.logits_ref).mean(1).sum() / prompts
+                loss = grpo.kl_divergence(logits, logits_ref).mean(1).sum() / prompts
             (loss * world.size).backward()
             total += loss.detach()
         run.step(total)

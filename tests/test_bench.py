@@ -14,7 +14,7 @@ LINES = {                                   # section -> the first words of line
     "ddt": ["encode", "decode, 1 call", "decode, 2 calls", "training step", "8 ", "64 "],
     "lm": ["tiny  1 ", "tiny  2 ", "tiny"],
     "grpo": ["parameters", "gradients", "masters and moments, fp32", "reference",
-             "logits and supports of rollouts", "KV cache", "seconds of a step", "prefill",
+             "supports of rollouts", "KV cache", "seconds of a step", "prefill",
              "decode", "codes to frames", "reward", "optimizer", "log-probabilities",
              "backward, with the blocks' second forward"]}
 

@@ -264,7 +264,7 @@ def test_a_step_favours_what_was_better():
 
     def logp():
         return logprobs(grpo.CodeLogits(model)(ids, T), codes, EVERYTHING)                  # (R, T)
-    before, reference = logp().detach(), frozen_logits(model, ids, T, R).detach()
+    before, reference = logp().detach(), frozen_logits(model, ids, T)
     logits = grpo.CodeLogits(model)(ids, T)
     result = grpo_loss(logits, reference, codes, EVERYTHING, before, A, 0.2, 0.02)
     result["loss"].sum().backward()
@@ -282,8 +282,13 @@ def test_code_logits_are_those_before_each_code():
     assert logits.shape == (3, 4, V)
     for i in range(4):
         torch.testing.assert_close(logits[:, i], model.logits(model(ids[:, :5 + i]))[:, -1, 1:])
+    codes = ids[:, -4:] - 1
+    support = truncate(logits, 5, 0.9).scatter(-1, codes[..., None], True)
+    expected = logprobs(logits, codes, support)
     for micro_batch in (1, 2, 3, 9):
-        torch.testing.assert_close(frozen_logits(model, ids, 4, micro_batch), logits)
+        scored = grpo.frozen_logprobs(model, ids, codes, support, micro_batch)
+        torch.testing.assert_close(scored, expected)
+        assert not scored.requires_grad
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +308,7 @@ def rollout():
     with torch.no_grad():                                                # other frames, other codes
         tokenizer.quantizer.fill(tokenizer.vectors(tokenizer.latent(frames)).flatten(0, 1))
     generators = [seeded(i) for i in range(3)]
-    r, scores = grpo.rollout(policy, reference, tokenizer, clips, config, generators)
+    r, scores = grpo.rollout(policy, tokenizer, clips, config, generators)
     return SimpleNamespace(policy=policy, reference=reference, tokenizer=tokenizer, clips=clips,
                            config=config, r=r, scores=scores)
 
@@ -314,14 +319,15 @@ def sample(rollout, clips=None, generators=None, **change):
     clips = x.clips if clips is None else clips
     generators = generators or [seeded(i) for i in range(3)]
     config = dataclasses.replace(x.config, **change)
-    return grpo.rollout(x.policy, x.reference, x.tokenizer, clips, config, generators)
+    return grpo.rollout(x.policy, x.tokenizer, clips, config, generators)
 
 
 def test_ratio_is_one_before_the_first_update(rollout):
     config, r = rollout.config, rollout.r
-    logits = frozen_logits(rollout.policy, r.ids, r.codes.shape[1], len(r.ids))
+    logits = frozen_logits(rollout.policy, r.ids, r.codes.shape[1])
+    logits_ref = frozen_logits(rollout.reference, r.ids, r.codes.shape[1])
     assert torch.equal(logprobs(logits, r.codes, r.support), r.logp_old)
-    result = grpo_loss(logits, r.logits_ref, r.codes, r.support, r.logp_old, r.advantage,
+    result = grpo_loss(logits, logits_ref, r.codes, r.support, r.logp_old, r.advantage,
                        config.clip_eps, config.beta)
     expected = -r.advantage.mean(1) + config.beta * result["kl"]
     torch.testing.assert_close(result["loss"], expected, rtol=0, atol=1e-5)
@@ -344,8 +350,7 @@ def test_rollouts_stand_beside_their_condition(rollout):
         prompt = sft.sequence(policy, given)[0]
         assert torch.equal(ids, torch.cat([prompt, policy.first_code + codes]))
     assert len(r.codes.unique(dim=0)) == 12 and len(r.ids[:, :-T].unique(dim=0)) == 3
-    torch.testing.assert_close(r.logits_ref, frozen_logits(rollout.reference, r.ids, T, 12))
-    assert not r.logp_old.requires_grad and not r.logits_ref.requires_grad
+    assert not r.logp_old.requires_grad
     assert {name: x.shape for name, x in rollout.scores.items()} == {
         name: (3, 4) for name in ("reward", "velocity", "mass")}
     assert r.advantage.shape == (12, T)
@@ -384,14 +389,14 @@ def test_the_kl_on_true_clips_holds_the_policy_at_the_reference(rollout):
     reference = rollout.reference
     drawn = sim.sample("uniform", "pretrain", 5)
     clips = grpo.known_sequences(reference, sft.tokenize(rollout.tokenizer, drawn))
-    assert clips.ids.shape == (5, 65) and clips.logits_ref.shape == (5, 58, 256)
+    assert clips.ids.shape == (5, 65)
     halves = grpo.micro_batches(clips, 2)
     assert [len(part.ids) for part in halves] == [3, 2]
     assert torch.equal(torch.cat([part.ids for part in halves]), clips.ids)
-    assert torch.equal(torch.cat([part.logits_ref for part in halves]), clips.logits_ref)
+    logits_ref = frozen_logits(reference, clips.ids, 58)
 
     def kl(policy):
-        return kl_divergence(grpo.CodeLogits(policy)(clips.ids, 58), clips.logits_ref).mean()
+        return kl_divergence(grpo.CodeLogits(policy)(clips.ids, 58), logits_ref).mean()
     assert kl(reference).abs() < 1e-6
     policy = copy.deepcopy(reference)
     with torch.no_grad():
