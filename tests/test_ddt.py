@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -18,15 +19,18 @@ import torch.multiprocessing as mp
 import torch.nn.functional as nnf
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.overrides import TorchFunctionMode
 
 import checkpoint
 import ddt
 import evaluate
+import prior
 import train
 import vae
 from checkpoint import UserError
-from ddt import (DDT, PRESETS, Config, EMAVectorQuantizer, MMDiT, TokenLinear, crowding, patchify,
-                 unpatchify)
+from ddt import (DDT, PRESETS, Config, EMAVectorQuantizer, MMDiT, QFormer, TokenLinear, crowding,
+                 patchify, unpatchify)
 from vae import VAE
 
 SIZE, K, CELLS = 16, 5, 8                   # pixels per side, tokens, latent cells per side
@@ -74,6 +78,73 @@ def tokenizer() -> DDT:
     randomized(model.decoder)
     model.quantizer.fill(model.vectors(model.latent(frames(60))).flatten(0, 1))
     return model.eval()
+
+
+# ------------------------------------------------------------------ on a GPU
+
+
+def test_all_blocks_share_a_compilation(monkeypatch):
+    """One of all blocks but the last, one of the last; none more in evaluation. Nothing changes."""
+    counter, plain_compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", partial(plain_compile, backend=counter))
+    monkeypatch.setattr(train, "can_compile", lambda *_: True)
+    torch._dynamo.reset()
+    model = DDT(config(encoder_layers=4, layers=4), small_vae())
+    randomized(model.encoder)
+    randomized(model.decoder)
+    latent, u, noise = noisy(3, 3, CELLS, CELLS), torch.rand(3), noisy(3, 3, CELLS, CELLS, seed=1)
+
+    def gradients():
+        for _ in range(2):
+            model.zero_grad()
+            model(latent, u, noise)["loss"].sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    expected = gradients()
+    world = train.World(0, 1, torch.device("cuda"))
+    model.encoder.block = world.compile(QFormer.block)
+    model.decoder.block = world.compile(MMDiT.block)
+    for name, gradient in gradients().items():
+        assert torch.equal(gradient, expected[name])
+    assert counter.frame_count == 4
+    model.decode(model.encode(frames()))
+    assert counter.frame_count == 4
+
+
+class OnOneDevice(TorchFunctionMode):
+    """Whatever makes a tensor must name its device: by default, it would be the CPU."""
+    MAKE = ("rand", "randn", "randint", "randperm", "arange", "tensor", "zeros", "ones", "full")
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in self.MAKE:
+            assert "device" in (kwargs or {}), function
+            self.made += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_draws_on_its_device():
+    """The noise of a step and the inputs of the language model."""
+    g, near = seeded(), torch.arange(256)[:, None]
+    model, world = DDT(config(batch=4), small_vae()), train.World(0, 1, torch.device("cpu"))
+    with OnOneDevice() as mode:
+        ddt.draw_noise(model, (3, CELLS, CELLS), 0, world)
+        prior.corrupt_inputs(prior.number_sequences(3, 2, 8, g), near, 0.1, g)
+    assert mode.made > 15
+
+
+def test_noise_on_the_cpu_is_what_it_was():
+    """The same draws in the same order as with a generator on the CPU, for any number of ranks."""
+    c, generator = config(batch=5), train.generator(0, 7)
+    u = torch.rand(5, generator=generator)
+    u[torch.rand(5, generator=generator) < c.pure_noise] = 1
+    expected = [u, torch.randn(5, 3, CELLS, CELLS, generator=generator)]
+    ranks = [ddt.draw_noise(DDT(c, small_vae()), (3, CELLS, CELLS), 7,
+                            train.World(rank, 2, torch.device("cpu"))) for rank in range(2)]
+    for i, x in enumerate(expected):
+        assert torch.equal(torch.cat([drawn[i] for drawn in ranks]), x)
 
 
 # ------------------------------------------------------------------ patches
@@ -311,6 +382,30 @@ def test_codes_are_the_nearest_by_cosine():
     assert q.nearest(nnf.normalize(z, dim=-1)).tolist() == by_hand
     norm = q.vectors(noisy(2, 4, 6)).norm(dim=-1)
     torch.testing.assert_close(norm, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("n", [1, 1023, 1024, 1025, 3000])
+def test_the_nearest_of_many(n):
+    """Of any number of vectors, in any shape; of two codes that are equal the first."""
+    q = quantizer(codes=40)
+    q.codebook[30] = q.codebook[7]
+    z = nnf.normalize(noisy(n, 4), dim=-1)
+    z[-1] = q.codebook[30]
+    cosine = (z.double()[:, None] * q.codebook.double()).sum(-1)                # (n, V)
+    by_hand = [row.index(max(row)) for row in cosine.tolist()]
+    assert q.nearest(z).tolist() == by_hand and by_hand[-1] == 7
+    assert torch.equal(q.nearest(z[None, :, None]), q.nearest(z)[None, :, None])
+
+
+def test_moved_codes_are_those_of_the_mask():
+    q, z, mask = quantizer(), noisy(12, 4, seed=3), torch.arange(12) % 3 == 0
+    before = {k: v.clone() for k, v in q.state_dict().items()}
+    q.move(mask, z, torch.tensor(5.0))
+    for j in range(12):
+        moved = j % 3 == 0
+        assert torch.equal(q.codebook[j], z[j] if moved else before["codebook"][j])
+        assert torch.equal(q.sum[j], 5 * z[j] if moved else before["sum"][j])
+        assert q.count[j] == (5 if moved else before["count"][j])
 
 
 def test_fill_uses_every_code():

@@ -8,6 +8,7 @@ import ast
 import datetime
 import errno
 import fcntl
+import importlib
 import io
 import os
 import signal
@@ -403,18 +404,39 @@ def test_without_a_compiler(monkeypatch, capsys):
         raise RuntimeError("Failed to find C compiler. Please specify via CC.\nMore of it.")
     monkeypatch.setattr(torch, "compile", no_compiler)
     train.can_compile.cache_clear()
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
     for _ in range(2):
-        World(0, 1, torch.device("cuda")).compile(mlp())
+        assert World(0, 1, torch.device("cuda")).compile(abs) is abs
     out = capsys.readouterr().out
-    assert not compiled and "Failed to find C compiler" in out and len(out.splitlines()) == 1
+    assert "Failed to find C compiler" in out and len(out.splitlines()) == 1
     train.can_compile.cache_clear()
-    monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
-    monkeypatch.setattr(torch, "zeros", lambda *a, **k: None)
-    World(0, 1, torch.device("cuda")).compile(mlp())
-    assert len(compiled) == 1
-    train.can_compile.cache_clear()
+
+
+@pytest.mark.parametrize("device, compiles, expected", [
+    ("cuda", True, True), ("cuda", False, False), ("cpu", True, False)])
+def test_blocks_are_compiled_on_a_gpu_for_training(monkeypatch, device, compiles, expected):
+    """And where no gradients are taken, the function itself runs."""
+    options = []
+    monkeypatch.setattr(torch, "compile", lambda f, **o: options.append(o) or (lambda x: "fast"))
+    monkeypatch.setattr(train, "can_compile", lambda *_: True)
+    block = World(0, 1, torch.device(device), compiles).compile(lambda x: "plain")
+    assert block(1) == ("fast" if expected else "plain")
+    assert options == [{"dynamic": False}] * expected
+    with torch.no_grad():
+        assert block(1) == "plain"
+
+
+@pytest.mark.parametrize("name", ["prior", "ddt", "sft", "grpo", "experiments.dit"])
+def test_compile_0_switches_it_off(name, monkeypatch):
+    stage, asked = importlib.import_module(name), []
+
+    def start(seed, out, compiles):
+        asked.append(compiles)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "start", start)
+    for argv in ([], ["--compile", "0"]):
+        with pytest.raises(KeyboardInterrupt):
+            stage.main(argv)
+    assert asked == [1, 0]
 
 
 # ------------------------------------------------------------------ text

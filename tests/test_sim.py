@@ -8,7 +8,7 @@ Takes 15 seconds on one CPU core, mostly to simulate 600 clips of every split.
 import math
 import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +345,20 @@ def test_the_smallest_and_fastest_balls_do_not_pass_each_other(r1, r2):
                       torch.ones(1, 1, 2).bool())
     error = (sim.play(clips).position - sim.closed_form(clips)).abs().max()
     assert error < 4 * sim.TOP_SPEED * sim.DT / sim.SUBSTEPS             # the head of SUBSTEPS
+
+
+@pytest.mark.parametrize("scenario", sim.SCENARIOS)
+def test_chosen_clips_are_what_they_are_among_all(scenario, monkeypatch):
+    """Of two Spaces, in any order, one of them twice and two that had the same height."""
+    monkeypatch.setattr(sim, "SCENES", 6)
+    first = sim.first_frames(scenario, "posttrain", 11, seed=3)
+    index = torch.tensor([9, 2, 3, 2, 8])
+    monkeypatch.setattr(sim, "simulate", partial(sim.simulate, scenes=6))
+    every, chosen = sim.play(first), sim.play(first, index)
+    for name in ("radius", "velocity", "inside"):
+        assert torch.equal(getattr(chosen, name), getattr(every, name)[index])
+    x, y = (chosen.position - every.position[index]).unbind(-1)
+    assert (x == 0).all() and y.abs().max() <= (1e-12 if scenario == "collision" else 0)
 
 
 def test_solver_options_below_one_are_refused():

@@ -302,6 +302,8 @@ def test_batch_indices_are_shuffled_epochs(n, batch):
         indices = train.batch_indices(4, step, batch, n)
         assert torch.equal(indices, seen[step * batch:(step + 1) * batch])
     assert not torch.equal(all_indices(5), seen)
+    by_hand = [train._epoch(4, i // n, n)[i % n].item() for i in range(steps * batch)]
+    assert seen.tolist() == by_hand
 
 
 def test_generators_are_functions_of_their_key():
