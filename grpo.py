@@ -283,6 +283,7 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
     sources = checkpoint.start_stage(folder, config, world, **files)
     policy = copy.deepcopy(reference).requires_grad_(True)
     policy.checkpointing = config.checkpointing
+    policy.compile_decoding = world.can_compile
     policy_logits = train.distribute(CodeLogits(policy), world)
     T = (FRAMES - CONDITION) * tokenizer.config.queries
     n_prompts = config.prompts
@@ -351,6 +352,7 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
                         for kind, kl in kl_known.items()}
             run.step(total, **kl_known, **metrics(scores, outs, n_prompts, n_rollouts, world))
 
+    policy.compile_decoding = False         # evaluation has other shapes: it would compile again
     checkpoint.finish(folder, policy.save, config, policy, world, sources)
     return policy.eval()
 

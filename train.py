@@ -284,6 +284,12 @@ class World:
         """
         return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device))
 
+    @property
+    def can_compile(self) -> bool:
+        """Whether torch.compile is wanted (--compile) and works here: on GPUs."""
+        on_gpu = self.device.type == "cuda"
+        return self.compiles and on_gpu and can_compile(self.device, self.is_main)
+
     def compile(self, block: Callable) -> Callable:
         """
         Regional compilation: the function of a transformer's block, compiled on a GPU, where small
@@ -291,8 +297,7 @@ class World:
         take as many times longer to compile. Without gradients it runs as it is: evaluation would
         compile it once more.
         """
-        on_gpu = self.device.type == "cuda"
-        if not (self.compiles and on_gpu and can_compile(self.device, self.is_main)):
+        if not self.can_compile:
             return block
         compiled = torch.compile(block, dynamic=False)      # for fixed shapes
 
