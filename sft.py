@@ -98,8 +98,8 @@ class Config:
 # `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
 #
 # `small`, for one GPU of 80 GB: 2.11 TFLOP per step, 35 ms at 8 % of an H200's matrix rate (see
-# prior.py): 2400 steps take 83 s. The tokens of 18,000 clips: 26 s at 22,000 frames per second, and
-# 8 s for simulating them.
+# prior.py): 2400 steps take 83 s, 17 epochs. The tokens of 18,000 clips take 31 s: 26 s at 22,000
+# frames per second, and 5 s of simulation.
 PRESETS = {
     "tiny": {},
     "small": dict(scenario="all", hidden=256, ffn=768, layers=8, dtype="bfloat16", steps=2400,

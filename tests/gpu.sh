@@ -9,7 +9,7 @@
 #
 #     OUT=DIR tests/gpu.sh ...        where logs, results and summary.txt go (default: runs/gpu)
 #     WHEELS=DIR tests/gpu.sh ...     first installs the wheels in DIR
-#     REHEARSE=1 tests/gpu.sh ...     on the CPU, at the smallest sizes, in a few minutes
+#     REHEARSE=1 tests/gpu.sh ...     on the CPU, at the smallest sizes: a minute on 2 cores
 #
 # OUT holds eight files at most: four logs, summary.txt, and of `small` its GIF, its film strip and
 # small.tgz (results.json, the stages' log.jsonl, pictures). The exit status is 1 if a part failed.
@@ -123,7 +123,7 @@ for part in "$@"; do
                    grep -c "^== .* failed" "$log") with failures";;
         # name, batch, tokens per second, share of the copy (last line: the matrix) rate: 100M at
         # batch 256, 8B at 1, 32 and 256, training of 100M
-        bench) more=$'\n'$(grep "^\(llama-3.1-8b\|100M\) .*%$" "$log" | tail -n 5 | tr -s " ");;
+        bench) more=$(grep "^\(llama-3.1-8b\|100M\) .*%$" "$log" | tail -n 5 | tr -s " ");;
         small) more=$(collect | cut -c -29 | paste -sd";" | tr -s " ");;
         sweep) more="$(grep -c "^\(SFT\|RL\) .*[0-9]$" "$log") of 12 trainings";;
     esac
