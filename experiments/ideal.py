@@ -78,9 +78,9 @@ PRESETS = {"tiny": {}}
 class Ideal:
     """A tokenizer with the methods of ddt.DDT that sft.py and grpo.py use."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, device="cpu"):
         self.config = SimpleNamespace(queries=3, size=size)
-        self.quantizer = SimpleNamespace(codebook=prior.circle(V))
+        self.quantizer = SimpleNamespace(codebook=prior.circle(V).to(device))
 
     def encode(self, frames: Tensor) -> Tensor:
         """frames (B, 3, H, W) -> codes (B, 3) of x, y and radius; all 0 if no ball is found."""
@@ -102,7 +102,7 @@ class Ideal:
 def train_all(config: Config, seed: int, world: train.World) -> Path:
     """Trains and evaluates all models of a seed -> the file of their results."""
     place = Path(config.out, str(seed))
-    tokenizer = Ideal(config.size)
+    tokenizer = Ideal(config.size, world.device)
     path = place / "results.json"
     for name, flags in {"": {}, **OTHER_PRIORS}.items():
         out = place / name.replace(" ", "-")

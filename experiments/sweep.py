@@ -97,7 +97,7 @@ def stage_config(config: Config, variant: str, out: Path, **more):
 
 
 def ideal_tokenizer(config: Config, world: train.World) -> Ideal:
-    tokenizer = Ideal(config.size)
+    tokenizer = Ideal(config.size, world.device)
     tokenizer.quantizer.codebook = tokenizer.quantizer.codebook.to(world.device)
     return tokenizer
 
