@@ -36,8 +36,8 @@ Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
 7. q and k are RMS-normalised before attention, which keeps bf16 stable.
 8. A LayerNorm precedes the normalisation of the vectors: without it all fell to one code.
 9. The commitment loss is a mean over tokens, times 0.25; the paper has a sum and no weight.
-10. Frames are drawn in pairs of one clip. The slowness loss draws the vectors of a pair together,
-   but those that differ most: x has a token to itself, what stays the same in a clip the others.
+10. Frames are drawn in pairs, each a frame and the next of its clip; the slowness loss draws the
+   vectors of a pair together. It leaves the motion to one token, the rest stands still.
 11. At `tiny` and `small` the VAE encodes a sample of the frames once, not frames in every step.
 
     python ddt.py                       # trains <out>/ddt (and first <out>/vae, if it is missing)
@@ -116,8 +116,7 @@ class Config:
     commitment: float = 0.25    # weight of the commitment loss
     token_noise: float = 0.05   # std of the noise on the vectors, until quantization starts
     spread: float = 0.02        # weight of the crowding loss
-    slow: float = 0.1           # weight of the slowness loss
-    moving: int = 0             # tokens it lets move (0: 1 in uniform motion, else 2)
+    slow: float = 0.3           # weight of the slowness loss
     noise_below: float = 0.5    # the plateau ends when the error at t = 1 falls below this
     # optimization
     steps: int = 4000           # optimizer steps
@@ -135,7 +134,6 @@ class Config:
 
     def __post_init__(self):
         self.queries = self.queries or (3 if self.scenario in ("uniform", "parabola") else 6)
-        self.moving = self.moving or (1 if self.scenario == "uniform" else 2)
 
 
 # `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, of
@@ -375,18 +373,15 @@ def crowding(z: Tensor, others: Tensor) -> Tensor:
     return ((4 * cosine - 4).logsumexp(-1) - math.log(len(others))).mean(-1)
 
 
-def slowness(z: Tensor, moving: int) -> Tensor:
+def slowness(z: Tensor) -> Tensor:
     """
-    How far unit vectors z (B, K, dim) are from those of the other frame of their clip, rows 2i and
-    2i + 1: the sum over all tokens but the `moving` that are farthest, divided by K -> (B,).
-    Distances, not their squares: that two tokens move a little shall cost as much as that one moves
-    twice as far. After Klindt et al. 2021, https://arxiv.org/abs/2007.10930.
+    Distance of unit vectors z (B, K, dim) to those of the other frame of their pair, rows 2i and
+    2i + 1, mean over the tokens -> (B,). Not squared: that x moves two tokens a little shall cost
+    more than that it moves one. Klindt et al. 2021, https://arxiv.org/abs/2007.10930.
     """
     first, second = z.view(-1, 2, *z.shape[1:]).unbind(1)                       # (B / 2, K, dim)
-    distance = ((first - second).square().sum(-1) + 0.02 ** 2).sqrt()           # smooth at 0
-    n = max(z.shape[1] - moving, 0)
-    still = distance.sort(-1).values[:, :n]                                     # (B / 2, n)
-    return (still.sum(-1) / z.shape[1]).repeat_interleave(2)
+    squared = (first - second).square().sum(-1)                                 # (B / 2, K)
+    return (squared + 0.02 ** 2).sqrt().mean(-1).repeat_interleave(2)           # smooth at 0
 
 
 # ------------------------------------------------------------------ transformers
@@ -646,9 +641,9 @@ class DDT(nn.Module):
         """
         The loss of training, per sample:
         mean of (d(x_t, t, first k tokens) - x_0)^2 + 0.25 commitment, and past the plateau
-        + 0.02 crowding + 0.1 slowness.
+        + 0.02 crowding + 0.3 slowness.
 
-        latent x_0 (B, C, h, w), rows 2i and 2i + 1 of one clip. u (B,), noise like x_0,
+        latent x_0 (B, C, h, w), of pairs of frames: rows 2i and 2i + 1. u (B,), noise like x_0,
         token_noise (B, K, dim). others (n, K, dim): the vectors of the global batch; None: those of
         these latents, on all ranks.
         -> {loss, mse, commitment, crowding, slowness: (B,) each; codes (B, K); vectors (B, K, dim)}
@@ -661,7 +656,7 @@ class DDT(nn.Module):
         mse = (clean - latent).square().mean((1, 2, 3))                         # (B,)
         with torch.autocast(z.device.type, enabled=False):  # fp32, as in the quantizer
             crowd = crowding(z, all_gather(z) if others is None else others)    # (B,)
-            slow = slowness(z, c.moving)                                             # (B,)
+            slow = slowness(z)                                                  # (B,)
         loss = mse + c.commitment * commitment
         if self.past_plateau:
             loss = loss + c.spread * crowd + c.slow * slow
@@ -796,23 +791,20 @@ def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Modu
 
 class Latents:
     """
-    Pairs of latents (2, C, h, w): of a frame and of another of its clip, drawn by the seed.
-    config.frames / 2 pairs are encoded here, once, each rank its shard. If there are no more frames
-    than that, nothing is kept: there is a pair per frame, encoded when it is asked for.
+    Pairs of latents (2, C, h, w): of a frame and the next of its clip. config.frames / 2 pairs are
+    drawn from those of the training clips by the seed, and encoded here, once, each rank its shard.
+    If there are no more, nothing is kept: a pair is encoded when it is asked for.
     """
 
     def __init__(self, tokenizer: DDT, config: Config, world: train.World):
         self.tokenizer, self.world = tokenizer, world
         self.data = Frames(config, world.device)
-        n, generator = len(self.data), train.generator(config.seed)
-        keep = config.frames < n
-        drawn = torch.randperm(n, generator=generator)[:config.frames // 2]
-        self.first = drawn if keep else torch.arange(n)
-        later = torch.randint(1, sim.FRAMES, self.first.shape, generator=generator)
-        clip, frame = self.first // sim.FRAMES, self.first % sim.FRAMES
-        self.second = sim.FRAMES * clip + (frame + later) % sim.FRAMES
+        self.first = torch.arange(len(self.data)).view(-1, sim.FRAMES)[:, :-1].flatten()
         self.kept = None                                                        # (n, 2, C, h, w)
-        if keep:
+        if config.frames // 2 < len(self.first):
+            generator = train.generator(config.seed)
+            drawn = torch.randperm(len(self.first), generator=generator)[:config.frames // 2]
+            self.first = self.first[drawn]
             calls = world.shard(torch.arange(len(drawn))).split(frames_per_call(world.device) // 2)
             self.kept = all_gather(torch.cat([self.encode(index) for index in calls]))
 
@@ -820,8 +812,8 @@ class Latents:
         return len(self.first)
 
     def encode(self, index: Tensor) -> Tensor:
-        both = torch.stack([self.first[index], self.second[index]], 1)          # (B, 2)
-        frames = self.data[both.flatten()]                                      # (2 B, 3, H, W)
+        first = self.first[index]
+        frames = self.data[torch.stack([first, first + 1], 1).flatten()]        # (2 B, 3, H, W)
         with self.world.autocast():
             return self.tokenizer.latent(frames).float().unflatten(0, (-1, 2))
 
