@@ -16,8 +16,8 @@ Training in time:
     step 0      The decoder ignores the tokens and predicts the mean frame: its error at t = 1 is
                 about 1, the variance of the latents. Vectors are not quantized.
     error < 0.5 The plateau has ended, tokens carry information: token noise (Gaussian noise on the
-                vectors), the crowding loss and the slowness loss begin.
-    40 %        The codebook is filled, quantization begins, token noise ends; the losses stay.
+                vectors) and the crowding loss begin.
+    40 %        The codebook is filled, quantization begins, token noise ends; crowding stays.
     the end     The codes are numbered along a short closed path through them.
 
 Source: Phys-AR (Lin et al. 2025, https://arxiv.org/abs/2504.15932), section 3.2 and appendix A.1.
@@ -36,9 +36,7 @@ Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
 7. q and k are RMS-normalised before attention, which keeps bf16 stable.
 8. A LayerNorm precedes the normalisation of the vectors: without it all fell to one code.
 9. The commitment loss is a mean over tokens, times 0.25; the paper has a sum and no weight.
-10. Frames are drawn in pairs, each a frame and the next of its clip; the slowness loss draws the
-   vectors of a pair together. It leaves the motion to one token, the rest stands still.
-11. At `tiny` and `small` the VAE encodes a sample of the frames once, not frames in every step.
+10. At `tiny` and `small` the VAE encodes a sample of the frames once, not frames in every step.
 
     python ddt.py                       # trains <out>/ddt (and first <out>/vae, if it is missing)
     python ddt.py --steps 8000          # any field of Config is a flag
@@ -116,7 +114,6 @@ class Config:
     commitment: float = 0.25    # weight of the commitment loss
     token_noise: float = 0.05   # std of the noise on the vectors, until quantization starts
     spread: float = 0.02        # weight of the crowding loss
-    slow: float = 0.3           # weight of the slowness loss
     noise_below: float = 0.5    # the plateau ends when the error at t = 1 falls below this
     # optimization
     steps: int = 4000           # optimizer steps
@@ -371,17 +368,6 @@ def crowding(z: Tensor, others: Tensor) -> Tensor:
     """
     cosine = torch.einsum("bkd,nkd->bkn", z, others)        # distance^2 = 2 - 2 cosine
     return ((4 * cosine - 4).logsumexp(-1) - math.log(len(others))).mean(-1)
-
-
-def slowness(z: Tensor) -> Tensor:
-    """
-    Distance of unit vectors z (B, K, dim) to those of the other frame of their pair, rows 2i and
-    2i + 1, mean over the tokens -> (B,). Not squared: that x moves two tokens a little shall cost
-    more than that it moves one. Klindt et al. 2021, https://arxiv.org/abs/2007.10930.
-    """
-    first, second = z.view(-1, 2, *z.shape[1:]).unbind(1)                       # (B / 2, K, dim)
-    squared = (first - second).square().sum(-1)                                 # (B / 2, K)
-    return (squared + 0.02 ** 2).sqrt().mean(-1).repeat_interleave(2)           # smooth at 0
 
 
 # ------------------------------------------------------------------ transformers
@@ -640,13 +626,12 @@ class DDT(nn.Module):
                 others: Tensor | None = None) -> dict[str, Tensor]:
         """
         The loss of training, per sample:
-        mean of (d(x_t, t, first k tokens) - x_0)^2 + 0.25 commitment, and past the plateau
-        + 0.02 crowding + 0.3 slowness.
+        mean of (d(x_t, t, first k tokens) - x_0)^2 + 0.25 commitment + 0.02 crowding (if past the
+        plateau).
 
-        latent x_0 (B, C, h, w), of pairs of frames: rows 2i and 2i + 1. u (B,), noise like x_0,
-        token_noise (B, K, dim). others (n, K, dim): the vectors of the global batch; None: those of
-        these latents, on all ranks.
-        -> {loss, mse, commitment, crowding, slowness: (B,) each; codes (B, K); vectors (B, K, dim)}
+        latent x_0 (B, C, h, w), u (B,), noise like x_0, token_noise (B, K, dim). others (n, K,
+        dim): the vectors of the global batch; None: those of these latents, on all ranks.
+        -> {loss, mse, commitment, crowding: (B,) each; codes (B, K); vectors (B, K, dim)}.
         """
         c = self.config
         tokens, codes, commitment, z = self.quantizer(self.encoder(latent), token_noise)
@@ -656,12 +641,11 @@ class DDT(nn.Module):
         mse = (clean - latent).square().mean((1, 2, 3))                         # (B,)
         with torch.autocast(z.device.type, enabled=False):  # fp32, as in the quantizer
             crowd = crowding(z, all_gather(z) if others is None else others)    # (B,)
-            slow = slowness(z)                                                  # (B,)
         loss = mse + c.commitment * commitment
         if self.past_plateau:
-            loss = loss + c.spread * crowd + c.slow * slow
+            loss = loss + c.spread * crowd
         return {"loss": loss, "mse": mse, "commitment": commitment, "crowding": crowd,
-                "slowness": slow, "codes": codes, "vectors": z.detach()}
+                "codes": codes, "vectors": z.detach()}
 
     @torch.no_grad()
     def latent(self, frames: Tensor) -> Tensor:
@@ -791,33 +775,29 @@ def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Modu
 
 class Latents:
     """
-    Pairs of latents (2, C, h, w): of a frame and the next of its clip. config.frames / 2 pairs are
-    drawn from those of the training clips by the seed, and encoded here, once, each rank its shard.
-    If there are no more, nothing is kept: a pair is encoded when it is asked for.
+    The latents (C, h, w) of config.frames frames, drawn from all those of the training clips by the
+    seed. They are encoded here, once, each rank its shard. If config.frames is not less than there
+    are, nothing is kept: a frame is encoded when it is asked for.
     """
 
     def __init__(self, tokenizer: DDT, config: Config, world: train.World):
         self.tokenizer, self.world = tokenizer, world
         self.data = Frames(config, world.device)
-        self.first = torch.arange(len(self.data)).view(-1, sim.FRAMES)[:, :-1].flatten()
-        self.kept = None                                                        # (n, 2, C, h, w)
-        if config.frames // 2 < len(self.first):
-            generator = train.generator(config.seed)
-            drawn = torch.randperm(len(self.first), generator=generator)[:config.frames // 2]
-            self.first = self.first[drawn]
-            calls = world.shard(torch.arange(len(drawn))).split(frames_per_call(world.device) // 2)
+        self.n = min(config.frames, len(self.data))
+        self.kept = None                                                        # (n, C, h, w)
+        if self.n < len(self.data):
+            drawn = torch.randperm(len(self.data), generator=train.generator(config.seed))
+            calls = world.shard(drawn[:self.n]).split(frames_per_call(world.device))
             self.kept = all_gather(torch.cat([self.encode(index) for index in calls]))
 
     def __len__(self) -> int:
-        return len(self.first)
+        return self.n
 
     def encode(self, index: Tensor) -> Tensor:
-        first = self.first[index]
-        frames = self.data[torch.stack([first, first + 1], 1).flatten()]        # (2 B, 3, H, W)
         with self.world.autocast():
-            return self.tokenizer.latent(frames).float().unflatten(0, (-1, 2))
+            return self.tokenizer.latent(self.data[index]).float()
 
-    def __getitem__(self, index: Tensor) -> Tensor:         # (B,) -> (B, 2, C, h, w)
+    def __getitem__(self, index: Tensor) -> Tensor:         # (B,) -> (B, C, h, w)
         return self.encode(index) if self.kept is None else self.kept[index]
 
 
@@ -837,14 +817,14 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     tokenizer.encoder.block = world.compile(QFormer.block)
     tokenizer.decoder.block = world.compile(MMDiT.block)
     model = train.distribute(tokenizer, world)              # the tokenizer, or DDP around it
-    n = world.accumulation_steps(B // 2, config.micro_batch, 2)
+    n = world.accumulation_steps(B, config.micro_batch)
 
     shown = ("mse", "mse_noise", "codes_used")
     with train.Run(folder, tokenizer, config, world, shown, sources) as run:
         for step in run:
             model.train()
-            index = world.shard(train.batch_indices(config.seed, step, B // 2, len(data)))
-            latent = data[index].flatten(0, 1)                                  # (b, C, h, w)
+            batch = world.shard(train.batch_indices(config.seed, step, B, len(data)))
+            latent = data[batch]                                                # (b, C, h, w)
             u, noise, token_noise = draw_noise(tokenizer, latent.shape[1:], step, world)
             if step >= config.quantize_at * config.steps and not tokenizer.quantizer.active:
                 start_quantizing(tokenizer, data, step, n, world)
@@ -852,7 +832,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
             others = global_vectors(tokenizer, latent, n, world) if n > 1 else None
 
             total, outs = 0.0, []
-            micro_batches = zip(*(split(x, n) for x in (latent, u, noise, token_noise)))
+            micro_batches = zip(*(x.tensor_split(n) for x in (latent, u, noise, token_noise)))
             for micro_batch in run.accumulate(micro_batches, model):
                 with world.autocast():
                     out = model(*micro_batch, others)
@@ -870,17 +850,11 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                 update_mse_noise(tokenizer, out["mse"][u == 1], world)
             run.log(mse=world.all_reduce(out["mse"].sum()) / B, mse_noise=tokenizer.mse_noise,
                     commitment=world.all_reduce(out["commitment"].sum()) / B,
-                    slowness=world.all_reduce(out["slowness"].sum()) / B,
                     **tokenizer.quantizer.usage(codes))
 
     tokenizer.quantizer.number()
     checkpoint.finish(folder, tokenizer.save, config, tokenizer, world, sources)
     return tokenizer.eval().requires_grad_(False)
-
-
-def split(x: Tensor, n: int) -> list[Tensor]:
-    """x (b, ...) -> n parts that keep pairs of frames together."""
-    return [part.flatten(0, 1) for part in x.unflatten(0, (-1, 2)).tensor_split(n)]
 
 
 def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> list[Tensor]:
@@ -895,15 +869,14 @@ def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> l
     noise = torch.randn(c.batch, *shape, **source)
     scale = c.token_noise if tokenizer.past_plateau else 0.0
     token_noise = scale * torch.randn(c.batch, c.queries, c.code_dim, **source)
-    pairs = (x.unflatten(0, (-1, 2)) for x in (u, noise, token_noise))          # are not parted
-    return [world.shard(x).flatten(0, 1) for x in pairs]
+    return [world.shard(x) for x in (u, noise, token_noise)]
 
 
 @torch.no_grad()
 def global_vectors(tokenizer: DDT, latent: Tensor, n: int, world: train.World) -> Tensor:
     """This rank's latents (b, C, h, w), in n parts -> the unit vectors of all ranks (B, K, dim)."""
     with world.autocast():
-        z = torch.cat([tokenizer.vectors(x) for x in split(latent, n)])
+        z = torch.cat([tokenizer.vectors(x) for x in latent.tensor_split(n)])
     return all_gather(z)
 
 
@@ -919,10 +892,10 @@ def update_mse_noise(tokenizer: DDT, mse: Tensor, world: train.World) -> None:
 def start_quantizing(tokenizer: DDT, data: Latents, step: int, n: int, world: train.World) -> None:
     """Fills the codebook from the vectors of 16 batches of frames, in n parts."""
     c = tokenizer.config
-    index = world.shard(train.batch_indices(c.seed, step, 8 * c.batch, len(data)))
-    latent = torch.cat([data[i] for i in index.split(frames_per_call(world.device) // 2)])
+    index = world.shard(train.batch_indices(c.seed, step, 16 * c.batch, len(data)))
+    latent = torch.cat([data[i] for i in index.split(frames_per_call(world.device))])
     with world.autocast():
-        z = torch.cat([tokenizer.vectors(x) for x in split(latent.flatten(0, 1), n)])
+        z = torch.cat([tokenizer.vectors(x) for x in latent.tensor_split(n)])
     tokenizer.quantizer.fill(z.flatten(0, 1))
     if not tokenizer.past_plateau:
         world.print0(f"step {step}: quantization starts, but the error at pure noise is still "
@@ -1007,7 +980,6 @@ def check_config(c: Config) -> None:
     vae_stage.check_data(c)
     check(c.prefix in ("growing", "all"), f"--prefix {c.prefix}: choose growing or all")
     check(c.order in ("forward", "reverse"), f"--order {c.order}: choose forward or reverse")
-    check(c.batch % 2 == 0, f"--batch {c.batch}: frames are drawn in pairs, thus an even number")
     check(c.code_dim >= 3, f"--code_dim {c.code_dim}: at least 3, since LayerNorm takes two "
           "dimensions away")
     check(c.shift > 0, f"--shift {c.shift}: must be above 0; 1 leaves time as it is")

@@ -685,7 +685,7 @@ def stream_parameters(width, inner, condition=0, last=False):
 
 @pytest.mark.parametrize("argv, K", [
     ("", 3), ("--scenario parabola", 3), ("--scenario collision", 6), ("--scenario all", 6),
-    ("--scenario all --queries 4", 4), ("--preset small --scenario uniform", 8),
+    ("--scenario all --queries 4", 4), ("--preset small --scenario uniform", 3),
     ("--preset paper", 16), ("--queries 0 --scenario collision", 6)])
 def test_tokens_per_frame(argv, K):
     """Three per ball, or what preset or flag say; a stage that is missing gets the same."""
@@ -719,7 +719,7 @@ def test_latents_are_encoded_once(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("preset, millions, patches", [
     ("tiny", (0.490, 1.655), 16),
-    ("small", (6.166, 41.221), 64),
+    ("small", (8.244, 30.578), 64),
     ("paper", (12.489, 111.101), 256)], ids=["tiny", "small", "paper"])
 def test_presets_have_the_parameters_the_comment_says(preset, millions, patches):
     c = Config(**{"preset": preset} | PRESETS[preset])
