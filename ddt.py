@@ -29,7 +29,7 @@ Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
 2. A frame is decoded by one call at t = 1 with all tokens; `decode` can also take Euler steps.
 3. Quantization starts late: a codebook of an encoder that has learnt nothing is worth nothing.
 4. `tiny` and `small` have codes of 3 dimensions. LayerNorm leaves of them a closed curve: a code is
-   an angle and has room for one quantity only. `tiny` has three tokens per ball: x, y and radius.
+   an angle and has room for one quantity only.
 5. A linear layer per token, large position vectors and token noise keep different tokens from
    encoding the same. The crowding loss spreads the vectors of one token over its curve.
 6. In the encoder the latent attends to itself only, the queries to both ("unified-direction").
@@ -96,7 +96,7 @@ class Config:
     size: int = 32              # pixels per side of a frame
     vae: str = ""               # folder of a VAE in diffusers' layout (empty: <out>/vae)
     # model
-    queries: int = 0            # tokens per frame, K (0: three per ball: x, y and radius)
+    queries: int = 4            # tokens per frame, K
     code_dim: int = 3           # dimensions of a code; of 3 an angle is left (head of ddt.py, 4)
     prefix: str = "growing"     # tokens that the decoder is given in training: growing, or all
     order: str = "forward"      # codes as encode returns them: forward (token 1 first) or reverse
@@ -129,9 +129,6 @@ class Config:
     # evaluation
     eval_clips: int = 32        # clips per split of the reconstruction table
 
-    def __post_init__(self):
-        self.queries = self.queries or (3 if self.scenario in ("uniform", "parabola") else 6)
-
 
 # `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, of
 # which a VAE that shrinks 8 times leaves 256 latent vectors at patch 1 (1024 are those of 256 x
@@ -144,9 +141,9 @@ class Config:
 # In fewer than 10 ms the CPU cannot launch a step's kernels: a smaller model would not be faster.
 PRESETS = {
     "tiny": {},
-    "small": dict(scenario="all", clips=20000, frames=150_000, size=128, image_width=128,
-                  query_width=384, encoder_layers=4, width=384, layers=6, heads=6, steps=7000,
-                  batch=256, lr=8e-4, warmup=1000, save_every=3500),
+    "small": dict(scenario="all", clips=20000, frames=150_000, size=128, queries=6,
+                  image_width=128, query_width=384, encoder_layers=4, width=384, layers=6, heads=6,
+                  steps=2000, batch=256, lr=8e-4, warmup=400, save_every=1000),
     "paper": dict(scenario="all", clips=3_000_000, frames=300_000_000, size=128, queries=16,
                   code_dim=16, token_noise=0.2, patch=1, image_width=128, query_width=256,
                   encoder_layers=12,

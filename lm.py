@@ -280,7 +280,7 @@ class Attention(nn.Module):
         """
         B, S, _ = x.shape
         heads, kv_heads = self.heads, self.kv_heads
-        qkv = self.qkv_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)
+        qkv = self.qkv_proj(x).view(B, S, heads + 2 * kv_heads, self.head_dim).transpose(1, 2)
         qk, v = qkv.split([heads + kv_heads, kv_heads], 1)      # (B, heads + kv_heads, S, d)
         q, k = rotate(qk, *rope).split([heads, kv_heads], 1)
         if kv is not None:

@@ -1,5 +1,5 @@
 """
-Stage 3, SFT: a Llama that has read numbers learns to predict the next token of clips.
+Stage 3, SFT: a Llama learns to predict the next token of clips.
 
     frames -> codes (F, K) (ddt.py) -> BOS and F x K ids -> Llama -> next-token cross-entropy
 
@@ -13,13 +13,13 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 3. Clips are tokenized once, before training, and kept in a file.
 4. Against exposure bias, inputs are corrupted in training: after the given frames, one code in ten
    is replaced by a random one, the others by one of their three nearest. Targets stay clean.
-5. Code i starts as the number i: with that word's rows (`init_code_embeddings`).
-6. Against forgetting, number sequences, written in codes, are mixed into the batches (`replay`).
-7. Evaluation is by greedy decoding.
+5. In a model that has read numbers, code i starts as the word for the number i
+   (`init_code_embeddings`); against forgetting, number sequences are mixed in (`replay`).
+6. Evaluation is by greedy decoding.
 
     python sft.py                       # trains <out>/sft (and first what is missing before it)
     python sft.py --llm DIR             # from the weights of a Llama or Qwen2 (weights.py)
-    python sft.py --llm none            # from random weights, without stage 0
+    python sft.py --llm prior           # from the model that prior.py trains on number sequences
 
 Expected at `tiny` on 2 CPU cores: 7 to 14 minutes, of them 1 to 2 for the tokens; loss 1.4 nats per
 token, drift_error 0.24 to 0.29 on iid clips.
@@ -72,7 +72,7 @@ class Config:
     near: int = 3               # a code that is not replaced becomes one of its so many nearest
     replay: float = 1.0         # number sequences in a batch, per clip (with --llm none: 0)
     # model
-    llm: str = ""               # folder to start from; empty: <out>/llm; none: random weights
+    llm: str = "none"           # start from: none (random weights), prior (prior.py) or DIR
     hidden: int = 128           # width, D (this and the four below: with --llm none only)
     ffn: int = 384              # width of the feed-forward layers
     layers: int = 4             # transformer blocks
@@ -81,10 +81,10 @@ class Config:
     dtype: str = "float32"      # of weights and gradients: float32 or bfloat16
     checkpointing: bool = False # recompute activations in the backward pass, to save memory
     # optimization
-    steps: int = 1200           # optimizer steps
+    steps: int = 4000           # optimizer steps
     batch: int = 16             # clips per step, over all ranks
     micro_batch: int = 0        # sequences per backward pass and rank; 0: the whole shard at once
-    lr: float = 1e-3            # peak learning rate
+    lr: float = 1.5e-3          # peak learning rate
     warmup: int = 50            # steps of linear warm-up, before a cosine to zero
     beta1: float = 0.9          # AdamW: decay of the mean of gradients
     beta2: float = 0.95         # AdamW: decay of the mean of their squares
@@ -104,7 +104,7 @@ PRESETS = {
     "tiny": {},
     "small": dict(scenario="all", hidden=256, ffn=768, layers=8, dtype="bfloat16", steps=2400,
                   batch=128, warmup=100, save_every=1200, eval_clips=128),
-    "paper": dict(scenario="all", clips=3_000_000, corrupt=0.0, near=1, replay=0.0,
+    "paper": dict(llm="", scenario="all", clips=3_000_000, corrupt=0.0, near=1, replay=0.0,
                   dtype="bfloat16", checkpointing=True, steps=360_000, batch=768, lr=1e-4,
                   warmup=5000, save_every=1000, eval_clips=1000),
 }
@@ -196,8 +196,8 @@ def training_codes(config: Config, tokenizer: DDT, path: Path, world: train.Worl
 
 def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """
-    The model of --llm or <out>/llm, its vocabulary extended by V codes; with --llm none a new one,
-    in which near codes start alike.
+    With --llm none a new model, in which near codes start alike; else that of --llm, its vocabulary
+    extended by V codes.
     """
     codebook, dtype = tokenizer.quantizer.codebook, getattr(torch, config.dtype)
     S, V = 1 + FRAMES * tokenizer.config.queries, len(codebook)
@@ -220,7 +220,7 @@ def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
 
 def llm_folder(config) -> Path:
     """The folder of the model that SFT starts from, unless --llm is none."""
-    return Path(config.llm or Path(config.out, "llm"))
+    return Path(config.out, "llm") if config.llm == "prior" else Path(config.llm)
 
 
 @torch.no_grad()
@@ -262,7 +262,8 @@ def replayed(config: Config) -> int:
 def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """Trains a Llama on the training clips' codes and saves it in <out>/sft."""
     folder = Path(config.out, "sft")
-    files = checkpoint.model_files(config.out, config.tokenizer, *(() if config.llm else ("llm",)))
+    stages = (config.tokenizer, "llm") if config.llm == "prior" else (config.tokenizer,)
+    files = checkpoint.model_files(config.out, *stages)
     sources = checkpoint.start_stage(folder, config, world, **files)
     torch.manual_seed(config.seed)
     model = starting_model(config, tokenizer, world)
@@ -337,7 +338,7 @@ def source_files(config) -> dict[str, Path]:
     """
     flags = checkpoint.read_json(Path(config.out, "sft", "trained.json"))
     files = checkpoint.model_files(config.out, config.tokenizer, "llm")
-    if flags.get("llm") or not files["llm"].exists():
+    if flags.get("llm") != "prior" or not files["llm"].exists():
         del files["llm"]
     return files
 
@@ -370,9 +371,8 @@ def check_config(c: Config) -> None:
         default = Config(**PRESETS.get(c.preset, {}))
         for name in ("hidden", "ffn", "layers", "heads", "kv_heads"):
             check(getattr(c, name) == getattr(default, name), f"--{name} {getattr(c, name)}: the "
-                  f"model of {'--llm' if c.llm else 'prior.py'} has its own size; leave it out, or "
-                  "add --llm none")
-    if c.llm not in ("", "none"):
+                  f"model of --llm {c.llm} has its own size; leave it out, or add --llm none")
+    if c.llm not in ("", "none", "prior"):
         try:                                # a wrong folder is reported now, not after tokenizing
             bos = read_config(c.llm).bos_token_id
             if not is_meta(Path(c.llm)):
@@ -394,7 +394,7 @@ def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     if checkpoint.is_trained(folder, config, world):
         model = load(folder, **source_files(config)).to(world.device)
     else:
-        if not config.llm:
+        if config.llm == "prior":
             prior.ensure(config, world)
         model = train_sft(config, tokenizer, world)
     predictors = {"SFT": predictor(model, tokenizer)}

@@ -302,11 +302,11 @@ def plan_llama(c: LlamaConfig, dtype: torch.dtype, batch: int, S: int, ranks: in
 
 
 def llama_config(config: sft.Config, S: int) -> LlamaConfig:
-    """The model that sft.py trains: that of --llm, or prior.py's (`paper`: or Llama-3.1-8B)."""
+    """The model that sft.py trains: new, prior.py's or that of --llm (`paper`: Llama-3.1-8B)."""
     if config.llm == "none":
         return sft.new_shape(config, S, CODES)
     c = CONFIGS["llama-3.1-8b"]
-    if not config.llm and config.preset != "paper":
+    if config.llm == "prior":
         of_prior = prior.Config(**prior.PRESETS[config.preset])
         c = dataclasses.replace(prior.new_shape(of_prior, prior.CONTEXT, CODES), n_visual=0)
     elif config.llm:
@@ -480,8 +480,7 @@ def check_ranks(name: str, config, ranks: int) -> None:
     before = {"ddt": ["vae"], "sft": ["vae", "ddt"], "grpo": ["vae", "ddt", "sft"]}.get(name, [])
     if getattr(config, "tokenizer", "ddt") == "vqgan":
         before = ["vqgan", *before[2:]]
-    has_sft = Path(config.out, "sft", "model.safetensors").exists()
-    if (name == "sft" and not config.llm) or (name == "grpo" and not has_sft):
+    if getattr(config, "llm", "") == "prior":
         before.append("prior")
     for stage in before:
         folder = Path(config.out, "llm" if stage == "prior" else stage)

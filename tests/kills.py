@@ -47,7 +47,7 @@ CONFIGS = {
     "vqgan": vqgan.Config(steps=8, batch=6, clips=40, save_every=1, size=16, width=8, levels=3),
     "dit": dit.Config(steps=6, batch=5, clips=12, save_every=1, size=16, width=24, layers=1,
                       heads=2),
-    "sft": sft.Config(steps=8, batch=5, clips=12, save_every=1, micro_batch=2),
+    "sft": sft.Config(llm="prior", steps=8, batch=5, clips=12, save_every=1, micro_batch=2),
     "grpo": grpo.Config(steps=5, prompts=3, group=2, clips=6, save_every=1),
 }
 BEFORE = {"llm": (), "vae": (), "ddt": ("vae",), "vqgan": (), "dit": ("vae",),

@@ -41,7 +41,7 @@ FLAGS = {
     "llm": dict(steps=6, batch=4, length=16, save_every=2),
     "vae": dict(width=8, steps=4, batch=8, clips=16, eval_clips=2),
     "ddt": dict(steps=8, batch=8, clips=16, save_every=2, eval_clips=2),
-    "sft": dict(steps=4, batch=4, clips=16, save_every=1, eval_clips=2),
+    "sft": dict(llm="prior", steps=4, batch=4, clips=16, save_every=1, eval_clips=2),
     "grpo": dict(steps=2, prompts=3, group=2, clips=8, save_every=1, eval_clips=2),
     "vqgan": dict(size=24, width=8, steps=4, batch=8, clips=16, eval_clips=2)}
 MAINS = {"llm": prior.main, "vae": vae.main, "ddt": ddt.main, "sft": sft.main,
@@ -239,10 +239,10 @@ def test_sft_starts_from_given_weights(finished, tmp_path, capsys, one_split):
     def set_context(n):
         text = json.dumps(config | {"max_position_embeddings": n})
         (llm / "config.json").write_text(text)
-    set_context(96)
+    set_context(128)
     short = complaint(capsys, sft.main, *args)
-    assert "97 tokens, this model's context 96" in short and "\n" not in short
-    set_context(97)
+    assert "129 tokens, this model's context 128" in short and "\n" not in short
+    set_context(129)
     sft.main(args)
     model = Llama.load(out / "sft")
     assert model.config.vocab_size == 320 + 256 and model.config.n_visual == 256
@@ -339,7 +339,7 @@ def test_from_random_weights(finished, tmp_path, monkeypatch, one_split):
 
     def no_numbers(n, *_, **__):
         assert n == 0
-        return torch.zeros(0, 32, 3, dtype=torch.int64)
+        return torch.zeros(0, 32, 4, dtype=torch.int64)
     monkeypatch.setattr(sft, "number_sequences", no_numbers)
     monkeypatch.setattr(grpo, "number_sequences", None)
     run("sft", tmp_path, "--llm", "none", "--hidden", "64")
@@ -348,7 +348,7 @@ def test_from_random_weights(finished, tmp_path, monkeypatch, one_split):
     model = Llama.load(tmp_path / "grpo")
     assert model.config.vocab_size == 257 and model.config.hidden_size == 64
     assert all(line["kl_numbers"] == 0 for line in log_of(tmp_path / "grpo"))
-    with pytest.raises(UserError, match="--hidden 64: the model of prior.py has its own size"):
+    with pytest.raises(UserError, match="--hidden 64: the model of --llm prior has its own size"):
         run("sft", tmp_path / "new", "--hidden", "64")
     monkeypatch.chdir(tmp_path)                             # `none` is no path
     assert "is trained" in run("sft", tmp_path, "--llm", "none", "--hidden", "64")

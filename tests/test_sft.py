@@ -220,7 +220,8 @@ def test_the_batch_ends_with_number_sequences(tmp_path, monkeypatch):
     shutil.copy(llm / "model.safetensors", tmp_path / "ddt")
     quantizer = SimpleNamespace(codebook=circle(256))
     tokenizer = SimpleNamespace(config=SimpleNamespace(queries=2), quantizer=quantizer)
-    config = sft.Config(out=str(tmp_path), steps=2, batch=4, replay=0.8, corrupt=0.0)
+    config = sft.Config(out=str(tmp_path), llm="prior", steps=2, batch=4, replay=0.8,
+                        corrupt=0.0)
     sft.train_sft(config, tokenizer, ALONE)
     lines = [json.loads(line) for line in (tmp_path / "sft" / "log.jsonl").read_text().splitlines()]
     assert len(batches) == len(lines) == 2
@@ -271,7 +272,7 @@ def test_a_models_weights_are_one_file(tmp_path):
     (["--layers", "1000000"], "--layers"), (["--batch", "1000000000"], "--batch"),
     (["--clips", "1000000000000"], "--clips"), (["--eval_clips", "1"], "--eval_clips 1"),
     (["--seed", "1000003"], "held-out clips"), (["--scenario", "rain"], "--scenario 'rain'"),
-    (["--llm", "missing", "--layers", "2"], "--layers 2: the model of --llm has its own size")])
+    (["--llm", "missing", "--layers", "2"], "--layers 2: the model of --llm missing has its own")])
 def test_bad_flags(argv, culprit, tmp_path):
     with pytest.raises(UserError, match=culprit):
         sft.main([*argv, "--out", str(tmp_path)])
