@@ -343,7 +343,7 @@ FREE_FIELDS = {"out", "vae", "fresh", "save_every", "eval_clips", "micro_batch",
 def settings(config) -> dict:
     """The fields that decide what is learnt. A folder has one name: DIR, DIR/, a relative path."""
     kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_FIELDS}
-    if kept.get("llm", "none") not in ("", "none"):
+    if kept.get("llm", "none") not in ("", "none", "prior"):
         kept["llm"] = str(Path(kept["llm"]).resolve())
     return kept
 

@@ -346,7 +346,7 @@ def source_files(config) -> dict[str, Path]:
 def knows_numbers(config) -> bool:
     """Whether the SFT model of <out> started from one that had read numbers."""
     flags = checkpoint.read_json(Path(config.out, "sft", "trained.json"))
-    return flags.get("llm") != "none"
+    return flags.get("llm", "") not in ("", "none")
 
 
 def ensure(config, tokenizer: DDT, world: train.World) -> Llama:
