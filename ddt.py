@@ -136,9 +136,8 @@ class Config:
 # tokens of 256). No gradient clipping is stated. Parameters: encoder 12.5M, decoder 111.1M;
 # `small`: 8.2M, 30.6M; `tiny`: 0.49M, 1.66M.
 #
-# `small`, for one GPU of 80 GB: 1.38 TFLOP per step, 14 ms at an eighth of an H200's matrix rate
-# (765 TFLOP/s; 10 % were seen before a step's noise was drawn on the GPU): 7000 steps take 100 s.
-# In fewer than 10 ms the CPU cannot launch a step's kernels: a smaller model would not be faster.
+# `small`, for one GPU of 80 GB: 1.38 TFLOP per step, which took 61 ms on an H200 that was busy a
+# quarter of the time: 2000 steps take 122 s, compiling 42 s.
 PRESETS = {
     "tiny": {},
     "small": dict(scenario="all", clips=20000, frames=150_000, size=128, queries=6,
@@ -151,7 +150,7 @@ PRESETS = {
                   eps=1e-6, max_grad_norm=0.0, eval_clips=1000),
 }
 EXPECTED = {"tiny": "6 to 15 minutes on 2 CPU cores.",
-            "small": "2 minutes on one GPU (computed, not run yet).", "paper": "Not run yet."}
+            "small": "3 minutes on one H200.", "paper": "Not run yet."}
 
 # ------------------------------------------------------------------ quantizer
 

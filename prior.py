@@ -93,15 +93,15 @@ class Config:
 # There is no `paper`: its prior is Llama-3.1-8B (sft.py --llm).
 #
 # `small`, for one GPU of 80 GB: 6.6M parameters, because on an H200 5M with 1550 steps did better
-# than 27M with 675 in the same time. 1.05 TFLOP per step, 17 ms at 8 % of its matrix rate (765
-# TFLOP/s; six such trainings side by side reached 5.5 %): 2400 steps take 41 s.
+# than 27M with 675 in the same time. 1.05 TFLOP per step, which took 24 ms: 2400 steps
+# take 58 s. After 960 steps it did not yet continue hands that turn.
 PRESETS = {
     "tiny": {},
     "small": dict(hands="4,6,6,8", length=192, hidden=256, ffn=768, layers=8, dtype="bfloat16",
                   steps=2400, batch=128, lr=1.5e-3, warmup=100, save_every=1200),
 }
 EXPECTED = {"tiny": "2 to 3 minutes on 2 CPU cores.",
-            "small": "A minute on one GPU (computed, not run yet)."}
+            "small": "A minute on one H200."}
 CORPUS = ("still", "slowest", "fastest", "accelerate", "change", "follow", "warp", "noise")
 
 # ------------------------------------------------------------------ number sequences

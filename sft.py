@@ -97,8 +97,8 @@ class Config:
 
 # `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
 #
-# `small`, for one GPU of 80 GB: 2.11 TFLOP per step, 35 ms at 8 % of an H200's matrix rate (see
-# prior.py): 2400 steps take 83 s, 17 epochs. The tokens of 18,000 clips take 31 s: 26 s at 22,000
+# `small`, for one GPU of 80 GB: 1.05 TFLOP per step, 24 ms on an H200 by the rate of
+# prior.py: 2400 steps take 58 s, 17 epochs. The tokens of 18,000 clips take 31 s: 26 s at 22,000
 # frames per second, and 5 s of simulation.
 PRESETS = {
     "tiny": {},
@@ -109,7 +109,7 @@ PRESETS = {
                   warmup=5000, save_every=1000, eval_clips=1000),
 }
 EXPECTED = {"tiny": "7 to 14 minutes on 2 CPU cores.",
-            "small": "3 minutes on one GPU (computed, not run yet).", "paper": "Not run yet."}
+            "small": "2 minutes on one GPU (computed, not run yet).", "paper": "Not run yet."}
 
 # ------------------------------------------------------------------ clips as sequences
 

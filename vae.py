@@ -75,15 +75,15 @@ class Config:
     eval_clips: int = 32        # clips per split of the reconstruction table
 
 
-# `small`, for one GPU of 80 GB: 0.63 TFLOP per step. It is bound by memory, not by FLOPs: at twice
-# the width a step took 69 ms on an H200, thus about 35 ms here, and 700 steps 25 s.
+# `small`, for one GPU of 80 GB: 0.63 TFLOP per step, which took 63 ms on an H200: 450 steps take
+# 28 s.
 PRESETS = {
     "tiny": {},
-    "small": dict(scenario="all", clips=20000, size=128, width=16, levels=4, latent=8, steps=700,
-                  batch=128, warmup=115, save_every=350),
+    "small": dict(scenario="all", clips=20000, size=128, width=16, levels=4, latent=8, steps=450,
+                  batch=128, warmup=75, save_every=450),
 }
 EXPECTED = {"tiny": "1 to 3 minutes on 2 CPU cores.",
-            "small": "Half a minute on one GPU (computed, not run yet)."}
+            "small": "Half a minute on one H200."}
 KL_WEIGHT = 1e-6                # of the KL (a sum per frame) beside the squared error (a mean)
 
 # ------------------------------------------------------------------ model
