@@ -96,15 +96,9 @@ def stage_config(config: Config, variant: str, out: Path, **more):
     return grpo.Config(**options | GRPO[variant] | same | smallest)
 
 
-def ideal_tokenizer(config: Config, world: train.World) -> Ideal:
-    tokenizer = Ideal(config.size, world.device)
-    tokenizer.quantizer.codebook = tokenizer.quantizer.codebook.to(world.device)
-    return tokenizer
-
-
 def train_variant(config: Config, world: train.World) -> str:
     """Trains the variant config.only, as many steps as fit its time -> its line."""
-    variant, tokenizer = config.only, ideal_tokenizer(config, world)
+    variant, tokenizer = config.only, Ideal(config.size, world.device)
     out = folder_of(config, variant)
     seconds = config.sft_seconds if variant in SFT else config.grpo_seconds
 
@@ -175,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     check(not Path(config.out).exists(), f"{config.out} is there: choose another --out")
     first = next(iter(SFT))
     sft.training_codes(stage_config(config, first, folder_of(config, first)),
-                       ideal_tokenizer(config, world), Path(config.out, "codes.npy"), world)
+                       Ideal(config.size, world.device), Path(config.out, "codes.npy"), world)
     heading = f"{'drift_error':30s} {'':7s} {'steps':>6s} {'ms':>7s}"
     print(heading + "".join(f"{split:>10s}" for split in SPLITS), flush=True)
     failed = side_by_side(config, SFT)
