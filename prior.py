@@ -57,7 +57,6 @@ class Config:
     seed: int = 0               # seed of weights and number sequences
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
-    compile: int = 1            # compile the blocks on a GPU; 0: no, which starts sooner
     # data
     hands: str = "2,3,3,4"      # numbers of interleaved hands, in turn from step to step
     length: int = 96            # numbers per sequence, of all hands together
@@ -388,7 +387,7 @@ def run_stage(config: Config, world: train.World) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = train.parse(Config, PRESETS, argv)
     check_config(config)
-    run_stage(config, train.start(config.seed, config.out, config.compile))
+    run_stage(config, train.start(config.seed, config.out))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Config:
     seed: int = 0               # seed of weights, data order and corrupted inputs
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
-    compile: int = 1            # compile the blocks on a GPU; 0: no, which starts sooner
+    compile: int = 1            # compile the tokenizer's blocks on a GPU, if it is missing; 0: no
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
     clips: int = 6000           # training clips per motion

@@ -98,6 +98,12 @@ class Ideal:
         frames = sim.render(position, radius.maximum(least), self.config.size)[:, 0]
         return torch.where((radius > 0)[..., None, None], frames, 1.0)          # white: no ball
 
+    def save(self, run: Path) -> None:
+        """In a run folder: the weights whose checksum sft.py and grpo.py note."""
+        checkpoint.writable(run / "ideal")
+        checkpoint.write_safetensors(run / "ideal" / "model.safetensors",
+                                     {"codebook": self.quantizer.codebook}, {})
+
 
 def train_all(config: Config, seed: int, world: train.World) -> Path:
     """Trains and evaluates all models of a seed -> the file of their results."""
@@ -117,9 +123,7 @@ def train_all(config: Config, seed: int, world: train.World) -> Path:
 
     for name, flags in (MODELS | others).items():
         out = place / name.replace(" ", "-")
-        checkpoint.writable(out / "ideal")                  # of which the stages note the checksum
-        checkpoint.write_safetensors(out / "ideal" / "model.safetensors",
-                                     {"codebook": tokenizer.quantizer.codebook}, {})
+        tokenizer.save(out)
         same = dict(out=str(out), seed=seed, tokenizer="ideal")
         flags = {"llm": str(place / "llm")} | flags
         sft_config = sft.Config(clips=config.clips, steps=config.sft_steps, **same | flags)

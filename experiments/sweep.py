@@ -104,9 +104,7 @@ def train_variant(config: Config, world: train.World) -> str:
 
     def fit(folder: Path, steps: int):
         """Trains from the start in a new run folder."""
-        checkpoint.writable(folder / "ideal")               # of which the stages note the checksum
-        checkpoint.write_safetensors(folder / "ideal" / "model.safetensors",
-                                     {"codebook": tokenizer.quantizer.codebook}, {})
+        tokenizer.save(folder)
         stage = stage_config(config, variant, folder, steps=steps)
         if variant in SFT:
             checkpoint.writable(folder / "sft")
