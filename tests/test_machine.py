@@ -425,7 +425,7 @@ def test_blocks_are_compiled_on_a_gpu_for_training(monkeypatch, device, compiles
         assert block(1) == "plain"
 
 
-@pytest.mark.parametrize("name", ["prior", "ddt", "sft", "grpo", "experiments.dit"])
+@pytest.mark.parametrize("name", ["ddt", "sft", "grpo", "experiments.dit"])
 def test_compile_0_switches_it_off(name, monkeypatch):
     stage, asked = importlib.import_module(name), []
 
