@@ -96,7 +96,7 @@ class Config:
     size: int = 32              # pixels per side of a frame
     vae: str = ""               # folder of a VAE in diffusers' layout (empty: <out>/vae)
     # model
-    queries: int = 4            # tokens per frame, K
+    queries: int = 3            # tokens per frame, K
     code_dim: int = 3           # dimensions of a code; of 3 an angle is left (head of ddt.py, 4)
     prefix: str = "growing"     # tokens that the decoder is given in training: growing, or all
     order: str = "forward"      # codes as encode returns them: forward (token 1 first) or reverse
@@ -108,7 +108,7 @@ class Config:
     layers: int = 3             # decoder: dual-stream blocks
     heads: int = 4              # attention heads of encoder and decoder
     # loss
-    shift: float = 8.0          # s of the time t = s u / (1 + (s - 1) u); 1: uniform
+    shift: float = 20.0         # s of the time t = s u / (1 + (s - 1) u); 1: uniform
     pure_noise: float = 0.3     # share of the samples with t = 1
     quantize_at: float = 0.4    # share of the steps after which quantization starts
     commitment: float = 0.25    # weight of the commitment loss
@@ -116,7 +116,7 @@ class Config:
     spread: float = 0.02        # weight of the crowding loss
     noise_below: float = 0.5    # the plateau ends when the error at t = 1 falls below this
     # optimization
-    steps: int = 4000           # optimizer steps
+    steps: int = 3000           # optimizer steps
     batch: int = 64             # frames per step, over all ranks
     micro_batch: int = 0        # frames per backward pass and rank; 0: the whole shard at once
     lr: float = 1.5e-3          # peak learning rate

@@ -89,7 +89,7 @@ class Config:
     beta_pretrain: float = 0.05 # weight of the KL to the SFT model on clips of SFT's range
     beta_numbers: float = 0.05  # weight of the KL to the SFT model on number sequences of its prior
     # optimization
-    steps: int = 50             # optimizer steps, each on new rollouts
+    steps: int = 40             # optimizer steps, each on new rollouts
     micro_batch: int = 32       # rollouts per backward pass and rank
     checkpointing: bool = False # recompute activations in the backward pass, to save memory
     lr: float = 1e-4            # peak learning rate

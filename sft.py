@@ -72,7 +72,7 @@ class Config:
     near: int = 3               # a code that is not replaced becomes one of its so many nearest
     replay: float = 1.0         # number sequences in a batch, per clip (with --llm none: 0)
     # model
-    llm: str = "none"           # start from: none (random weights), prior (prior.py) or DIR
+    llm: str = "prior"          # start from: prior (prior.py), none (random weights) or DIR
     hidden: int = 128           # width, D (this and the four below: with --llm none only)
     ffn: int = 384              # width of the feed-forward layers
     layers: int = 4             # transformer blocks
@@ -81,10 +81,10 @@ class Config:
     dtype: str = "float32"      # of weights and gradients: float32 or bfloat16
     checkpointing: bool = False # recompute activations in the backward pass, to save memory
     # optimization
-    steps: int = 4000           # optimizer steps
+    steps: int = 1600           # optimizer steps
     batch: int = 16             # clips per step, over all ranks
     micro_batch: int = 0        # sequences per backward pass and rank; 0: the whole shard at once
-    lr: float = 1.5e-3          # peak learning rate
+    lr: float = 1e-3            # peak learning rate
     warmup: int = 50            # steps of linear warm-up, before a cosine to zero
     beta1: float = 0.9          # AdamW: decay of the mean of gradients
     beta2: float = 0.95         # AdamW: decay of the mean of their squares
@@ -102,8 +102,8 @@ class Config:
 # frames per second, and 5 s of simulation.
 PRESETS = {
     "tiny": {},
-    "small": dict(scenario="all", hidden=256, ffn=768, layers=8, dtype="bfloat16", steps=2400,
-                  batch=128, warmup=100, save_every=1200, eval_clips=128),
+    "small": dict(llm="none", scenario="all", hidden=256, ffn=768, layers=8, dtype="bfloat16",
+                  steps=2400, batch=128, lr=1.5e-3, warmup=100, save_every=1200, eval_clips=128),
     "paper": dict(llm="", scenario="all", clips=3_000_000, corrupt=0.0, near=1, replay=0.0,
                   dtype="bfloat16", checkpointing=True, steps=360_000, batch=768, lr=1e-4,
                   warmup=5000, save_every=1000, eval_clips=1000),
