@@ -58,7 +58,7 @@ class Config:
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
     # data
-    hands: str = "2,3,3,4"      # numbers of interleaved hands, in turn from step to step
+    hands: str = "3,3,2,3,3,4"  # numbers of interleaved hands, in turn from step to step
     length: int = 96            # numbers per sequence, of all hands together
     still: float = 0.4          # share of the hands that stand still
     slowest: float = 0.0        # least speed of the others, in places per frame

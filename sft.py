@@ -19,7 +19,7 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 
     python sft.py                       # trains <out>/sft (and first what is missing before it)
     python sft.py --llm DIR             # from the weights of a Llama or Qwen2 (weights.py)
-    python sft.py --llm prior           # from the model that prior.py trains on number sequences
+    python sft.py --llm none            # from random weights instead of <out>/llm (prior.py)
 
 Expected at `tiny` on 2 CPU cores: 7 to 14 minutes, of them 1 to 2 for the tokens; loss 1.4 nats per
 token, drift_error 0.24 to 0.29 on iid clips.

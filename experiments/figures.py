@@ -517,6 +517,7 @@ BASE = ddt.Config(steps=2000)   # every row takes as many steps as make the same
 SEEDS = (0, 1, 2)
 ABLATION = {                    # row -> fields that differ from BASE; "vae": its own VAE's Config
     "as it is": {},
+    "4 tokens": {"queries": 4},
     "8 tokens": {"queries": 8},
     "16 tokens": {"queries": 16},
     # with less noise the tokens stay alike
@@ -528,6 +529,8 @@ ABLATION = {                    # row -> fields that differ from BASE; "vae": it
     "no pure noise (nor what waits for it)": {"pure_noise": 0.0},
     "6 in 10 of pure noise": {"pure_noise": 0.6},
     "time not skewed": {"shift": 1.0},
+    "time less skewed": {"shift": 8.0},
+    "time more skewed": {"shift": 40.0},
     "decoder 4 layers": {"layers": 4},
     "VAE of 150 steps": {"vae": vae.Config(steps=150, warmup=25)},
     "no token noise, no crowding": {"token_noise": 0.0, "spread": 0.0},
