@@ -23,8 +23,8 @@ Choices where the paper is silent
 
 `python text.py --llm DIR` shows whether weights are loaded correctly: it continues a text.
 
-Axes: B batch (B G inside the model during sampling), G group (samples per prompt), S sequence,
-T sampled tokens, D width, d = head_dim, V visual codes (or the vocabulary, where said).
+Axes: B batch (in `generate` prompts), G group (samples per prompt), R = B G rows of a sampling
+step, S sequence, T sampled tokens, D width, d = head_dim, V visual codes (or vocabulary, if said).
 """
 import dataclasses
 import functools
@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------ config
-
 
 LLAMA31_ROPE = {                            # how Llama 3.1 stretches its rotary positions
     "rope_type": "llama3",
@@ -173,7 +172,7 @@ def rope_table(config: LlamaConfig, positions: int, device=None) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     Rotary position embedding: x (B, heads, S, d), cos and sin (S, d) in fp32 -> the shape of x.
-    Channel i is rotated together with channel i + d / 2 (rotary halves), not with its neighbour.
+    Channel i is rotated together with channel i + d / 2 (as in Hugging Face), not its neighbour.
     """
     left, right = x.chunk(2, -1)
     turned = torch.cat([-right, left], -1)
@@ -185,9 +184,9 @@ class Cache:
     Keys and values of every layer; the first `length` positions are in use. For inference only: it
     is overwritten in place and carries no gradients.
 
-    A CUDA graph (`capture`) needs fixed addresses and shapes: there the position to write to is
-    read from `position` (1,), a tensor on the device, which the model's forward advances; `length`
-    is advanced by the function that replays the graph.
+    A CUDA graph (`capture`) repeats the same kernels on the same addresses and shapes. There the
+    new token's position is read from `position` (1,), a tensor on the device, which the model's
+    forward advances; `length`, which no kernel sees, is advanced by the function that replays.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, device=None, dtype=None):
@@ -213,9 +212,9 @@ class Cache:
 
     def room(self, S: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """
-        For S new tokens: their positions (S,); keys and values up to them (layers, 2, B, kv_heads,
-        keys, d), in a CUDA graph the whole capacity; and the mask (S, keys) that is added to the
-        scores, or None: causal attention without further ado. Raises ValueError if they do not fit.
+        For S new tokens (in a CUDA graph 1): their positions (S,); keys and values up to them, in a
+        graph of the whole capacity (layers, 2, B, kv_heads, keys, d); the mask (S, keys) added to
+        the scores, outside a graph None for an empty cache or S = 1. ValueError if they do not fit.
         """
         self.require(S)
         device, dtype = self.kv.device, self.kv.dtype
@@ -245,8 +244,8 @@ class RMSNorm(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
-    Attention of q (B, heads, S, d) to k, v (B, kv_heads, keys, d), causal if mask is None
-    -> (B, S, heads, d).
+    Attention of q (B, heads, S, d) to k, v (B, kv_heads, keys, d) -> (B, S, heads, d). Without a
+    mask it is causal, and keys = S.
     """
     S, attention = q.shape[2], nnf.scaled_dot_product_attention
     gqa = q.shape[1] != k.shape[1]          # only then: not every attention kernel supports it
@@ -296,7 +295,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU: x (B, S, D) -> (B, S, D)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -309,6 +308,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block: x (B, S, D) -> (B, S, D), with the arguments of Attention."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.self_attn = Attention(config)
@@ -323,15 +324,13 @@ class Block(nn.Module):
 
 
 def call_block(block: Block, *inputs) -> Tensor:
+    """What `compiled` compiles, once for all blocks: they have the same shapes."""
     return block(*inputs)
 
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """
-    torch.compile(function), in which element-wise operations are fused to few kernels. Called for
-    one block after the other, it is compiled once: they have the same shapes.
-    """
+    """torch.compile(function), in which element-wise operations are fused to few kernels."""
     return torch.compile(function)
 
 
@@ -339,7 +338,7 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """
     hidden (..., D), weight (rows, D) -> logits (..., rows). In fp32, because bf16 often rounds the
     best two logits to the same number. In chunks, because an fp32 copy of the whole matrix would
-    be large (with gradients, autograd keeps all of them).
+    be large (where a gradient is wanted, autograd keeps the copies of all chunks).
     """
     if weight.dtype == torch.float32:
         return nnf.linear(hidden, weight)
@@ -349,7 +348,7 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def more_rows(weight: Tensor, n: int, generator: torch.Generator) -> nn.Parameter:
-    """weight (rows, D) -> (rows + n, D), drawn at the old mean and deviation of each column."""
+    """weight (rows, D) -> (rows + n, D): new ones drawn with each column's mean and deviation."""
     rows, D = weight.shape
     mean = weight.mean(0, dtype=torch.float32)                  # (D,)
     # var = E[x^2] - E[x]^2, because torch.var takes no dtype: it would need an fp32 copy
@@ -366,7 +365,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False          # keep only the blocks' inputs for the backward pass
-        self.compile_decoding = False       # torch.compile the steps of `generate` (see `compiled`)
+        self.compile_decoding = False       # torch.compile for sampling, and for blocks in a graph
         self.source: Path | None = None     # folder whose tokenizer `save` copies
         self.generation: dict = {}          # its generation_config.json
         self.model = nn.ModuleDict({        # for Hugging Face's names: model.embed_tokens.weight
@@ -408,7 +407,7 @@ class Llama(nn.Module):
         else:
             position, kv, mask = cache.room(ids.shape[1])
             rope = cache.rope.index_select(1, position)
-        in_graph = cache is not None and cache.position is not None         # see Cache
+        in_graph = cache is not None and cache.position is not None     # fixed shapes: see Cache
 
         call = compiled(call_block) if in_graph and self.compile_decoding else call_block
         x = self.model.embed_tokens(ids)                        # (B, S, D)
@@ -495,8 +494,8 @@ def truncate(logits: Tensor, top_k: int = 50, top_p: float = 0.95) -> Tensor:
 
     First the top_k most likely codes are kept and renormalised, then of these the shortest prefix
     whose probability reaches top_p. Ties go to the lower index; at least one code stays. top_k = 1
-    is greedy decoding; top_k = V and top_p = 1 keep all codes. Elsewhere 0 and -1 mean "all", or
-    greedy decoding: here they raise ValueError.
+    is greedy decoding; top_k = V and top_p = 1 keep all codes. 0 and -1, which mean "all" or greedy
+    decoding in other libraries, raise ValueError, as does top_p outside (0, 1].
     """
     if top_k is None or not top_k >= 1:
         raise ValueError(f"top_k = {top_k}: it must be at least 1 (as large as V: all)")
@@ -510,7 +509,7 @@ def truncate(logits: Tensor, top_k: int = 50, top_p: float = 0.95) -> Tensor:
     p = ordered.softmax(-1)
     keep = ordered > -torch.inf
     if top_p < 1:                                               # 1: all, although cumsum rounds
-        before = p.cumsum(-1) - p                               # held by the codes ranked higher
+        before = p.cumsum(-1) - p                               # probability of all ranked higher
         keep &= before < top_p
     keep[..., 0] = True
     return torch.empty_like(keep).scatter_(-1, index, keep)
@@ -518,7 +517,7 @@ def truncate(logits: Tensor, top_k: int = 50, top_p: float = 0.95) -> Tensor:
 
 def logprobs(logits: Tensor, codes: Tensor, support: Tensor) -> Tensor:
     """
-    log pi(code), the log-softmax over the support, fp32.
+    log pi(code), the log-softmax over the support, fp32 (-inf for a code outside it).
     logits (..., V), codes (...), support (..., V) -> (...).
     """
     logp = logits.float().masked_fill(~support, -torch.inf).log_softmax(-1)
@@ -531,7 +530,7 @@ def gumbel_noise(shape: tuple[int, ...],
     """
     -log of exponentially distributed numbers, fp32: argmax(logits + noise) is a sample of
     softmax(logits), the Gumbel-max trick. Unlike torch.multinomial it does not make the CPU wait
-    for the GPU. A list of generators: the rows are cut into as many equal blocks, one for each.
+    for the GPU. Of a list of n generators, each draws an n-th of the rows, in order.
     """
     noise = torch.empty(shape, device=device)
     generators = generator if isinstance(generator, list) else [generator]
@@ -542,8 +541,8 @@ def gumbel_noise(shape: tuple[int, ...],
 
 def choose(logits: Tensor, support: Tensor, noise: Tensor | None = None) -> Tensor:
     """
-    The code in the support of the largest logit + noise, without noise of the largest logit:
-    logits, support, noise (..., V) -> (...).
+    Argmax over the support of logits + noise (a sample, if it is `gumbel_noise`), or without noise
+    of the logits (greedy decoding): logits, support, noise (..., V) -> codes (...).
     """
     scores = logits if noise is None else logits + noise
     return scores.masked_fill(~support, -torch.inf).argmax(-1)
@@ -571,8 +570,8 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, group: int = 1, 
 
     prompt (B, S) ids -> codes (B, G, T) in [0, n_visual), and support (B, G, T, n_visual), for each
     code the mask of the codes that could be drawn in its place. Of a list of B generators, each
-    draws for one prompt: its samples do not depend on the draws of other prompts.
-    Raises ValueError for a model without visual codes and for sizes that do not fit.
+    draws for one prompt: its samples do not depend on the draws of other prompts. Raises ValueError
+    for a model without visual codes, ids outside its vocabulary, and sizes that do not fit.
     """
     config, T = model.config, max_new_tokens
     if not config.n_visual:
@@ -588,23 +587,23 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, group: int = 1, 
 
     device, R = prompt.device, B * group
     noise = None                            # greedy decoding
-    if top_k != 1:                          # else all of it at once: one call for each generator
+    if top_k != 1:                          # of all steps at once: one call for each generator
         noise = gumbel_noise((R, T, config.n_visual), generator, device)
     codes = torch.empty(R, T, dtype=torch.int64, device=device)
     support = torch.empty(R, T, config.n_visual, dtype=torch.bool, device=device)
-    ids = torch.empty(R, 1, dtype=torch.int64, device=device)   # the newest code, as an id
-    t = torch.zeros(1, dtype=torch.int64, device=device)        # codes there are
-    next_codes = compiled(sample) if model.compile_decoding else sample
+    ids = torch.empty(R, 1, dtype=torch.int64, device=device)   # code t - 1, as an id
+    t = torch.zeros(1, dtype=torch.int64, device=device)        # a tensor: a graph reads it anew
+    sample_codes = compiled(sample) if model.compile_decoding else sample
 
-    def append(hidden: Tensor) -> None:     # (R, D): samples code t and stores it
-        own_noise = None if noise is None else noise.index_select(1, t)[:, 0]
-        new, its_support = next_codes(hidden, model.visual_head, own_noise, top_k, top_p)
-        codes.index_copy_(1, t, new[:, None])
-        support.index_copy_(1, t, its_support[:, None])
-        ids.copy_(model.first_code + new[:, None])
+    def append(hidden: Tensor) -> None:     # (R, D): samples code t, stores it and advances t
+        noise_t = None if noise is None else noise.index_select(1, t)[:, 0]             # (R, V)
+        codes_t, support_t = sample_codes(hidden, model.visual_head, noise_t, top_k, top_p)
+        codes.index_copy_(1, t, codes_t[:, None])
+        support.index_copy_(1, t, support_t[:, None])
+        ids.copy_(model.first_code + codes_t[:, None])
         t.add_(1)
 
-    cache = Cache(config, B, S + T - 1, device, model.head.dtype)       # the last is not fed back
+    cache = Cache(config, B, S + T - 1, device, model.head.dtype)       # code T - 1 is never input
     hidden = model(prompt, cache)[:, -1]                        # (B, D): one prefill for a group
     cache.expand(group)
     append(hidden.repeat_interleave(group, 0))
@@ -615,6 +614,7 @@ def generate(model: Llama, prompt: Tensor, max_new_tokens: int, group: int = 1, 
 
 
 def check_length(config: LlamaConfig, S: int, T: int) -> None:
+    """ValueError unless a prompt of S tokens and T new ones fit into the model's context."""
     if min(S, T) < 1:
         raise ValueError(f"a prompt of {S} tokens and {T} new ones: at least one of each")
     if S + T > config.max_position_embeddings:
@@ -629,13 +629,13 @@ def capture(step: Callable[[], Tensor | None], cache: Cache,
     the same. On CUDA its hundreds of kernels are captured in a graph and replayed with one launch;
     every call returns the same tensor, which the next call overwrites.
 
-    Capturing takes about as long as ten steps, and runs `step` once before: `state` names the other
-    tensors that it changes and reads again, which are set back.
+    Capturing takes as long as about ten steps. Before it `step` runs once, to warm up; the cache's
+    position and `state`, other tensors that step both reads and changes, are then restored.
     """
     if not cache.kv.is_cuda or cache.length == cache.capacity:  # full: nothing to decode
         return step
 
-    device, before = cache.kv.device, [x.clone() for x in state]
+    device, saved = cache.kv.device, [x.clone() for x in state]
     with torch.cuda.device(device):
         cache.position = torch.tensor([cache.length], device=device)
         side = torch.cuda.Stream()
@@ -644,12 +644,12 @@ def capture(step: Callable[[], Tensor | None], cache: Cache,
             step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph):       # records the kernels, runs none
             result = step()
-        # Back to the start. What the warm-up wrote there stays masked until it is overwritten.
+        # Undo the warm-up. The key and value that it wrote are overwritten by the first replay.
         cache.position.fill_(cache.length)
-        for x, old in zip(state, before):
-            x.copy_(old)
+        for x, value in zip(state, saved):
+            x.copy_(value)
 
     def replay() -> Tensor | None:
         cache.require(1)
@@ -664,7 +664,7 @@ def decode_step(model: Llama, cache: Cache,
                 to_logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """
     Returns a function that appends ids (B, 1) to the cache and returns the logits (B, V) of the
-    next token (see `capture`). to_logits: model.visual_logits or model.logits.
+    next token, until its next call (see `capture`). to_logits: model.visual_logits or model.logits.
     """
     ids = torch.zeros(cache.batch, 1, dtype=torch.int64, device=cache.kv.device)
 

@@ -1,20 +1,20 @@
 """
-Stage 0, the prior: a small Llama reads sequences of numbers before it sees a clip.
+Stage 0, the prior: a small Llama is trained on sequences of numbers, before any clip.
 
-The paper starts from Llama-3.1-8B, which has read numbers all its life. This model stands in for
-it: `number_sequences` below is all that it reads. SFT then gives visual code i the row of the word
-for the number i.
+The paper starts from Llama-3.1-8B, whose training text is full of numbers. This model stands in for
+it; `number_sequences` is its whole corpus. SFT starts from it with --llm prior, the default at
+`tiny`: the rows of code i in the embedding and the head are copied from the word for the number i.
 
-What the model learns here: things go on as they went, at any speed; what stands still stays.
-What it does not: there is no picture, no ball, no radius and no wall in it, and nothing says which
-code stands for which place.
+K series of numbers modulo 256 are interleaved, as the K tokens of every frame of a clip will be.
+Each is a hand on a clock with 256 places. The model learns to continue steady motion at any speed,
+and standstill. It learns nothing of balls, radii and walls, nor which code means which place.
 
-    K interleaved hands of a clock with 256 places -> BOS and F x K words -> Llama -> next word
+    places (F, K) of K hands in F frames -> BOS and F x K words -> Llama -> next word
 
 Choices (measured: docs/RESULTS.md)
 1. The vocabulary is BOS (id 0) and 256 words; the word for the number i has the id 1 + i.
 2. Rows of near numbers start alike: random Fourier features of the places on the circle.
-3. Inputs are corrupted as in SFT. Targets stay clean.
+3. Inputs are corrupted as in SFT (`corrupt_inputs`). Targets stay clean.
 4. `<out>/llm` is a Hugging Face folder, like that of any Llama; numbers.json lists the words' ids.
 
     python prior.py                     # trains <out>/llm
@@ -44,9 +44,9 @@ from lm import Llama, LlamaConfig, generate
 from sim import CONDITION, FRAMES
 from vae import check_ranges, millions
 
-PLACES = 256                                # of a clock: as many as there are codes
-CONTEXT = 1024                              # tokens that later stages may use: up to 31 per frame
-NUMBERS = "numbers.json"                    # in a model's folder: ids of the words for 0..255
+PLACES = 256                # of the clock, and words for numbers: as many as there are codes
+CONTEXT = 1024              # of the model, in tokens: clips may have up to 31 tokens per frame
+NUMBERS = "numbers.json"    # in the model's folder: ids of the words for 0..255, and the corpus
 
 
 @dataclass
@@ -58,16 +58,16 @@ class Config:
     fresh: bool = False         # train this stage's model again; the old one stays until the end
     save_every: int = 100       # steps between two checkpoints
     # data
-    hands: str = "3,3,2,3,3,4"  # numbers of interleaved hands, in turn from step to step
-    length: int = 96            # numbers per sequence, of all hands together
+    hands: str = "3,3,2,3,3,4"  # hands per sequence, K: one number per step, in turn
+    length: int = 96            # numbers per sequence, F K, of all hands together
     still: float = 0.4          # share of the hands that stand still
     slowest: float = 0.0        # least speed of the others, in places per frame
     fastest: float = 24.0       # largest speed of the others, in places per frame
     accelerate: float = 0.05    # share of the hands with a constant acceleration
     change: float = 0.05        # share of the hands that change their speed at some moment
-    follow: float = 0.05        # share of the hands that turn -1, 1, 2 or 3 times another's way
-    warp: float = 0.35          # unevenness of the places: the local speed is up to 1 +- this
-    noise: float = 0.25         # mean standard deviation of the noise of a hand, in places
+    follow: float = 0.05        # share of the hands that move -1, 1, 2 or 3 times as far as another
+    warp: float = 0.35          # unevenness of the places: local speeds vary by up to this share
+    noise: float = 0.25         # standard deviation of the noise, in places: its mean over hands
     corrupt: float = 0.1        # share of the inputs that are replaced by random numbers
     # model
     hidden: int = 128           # width, D
@@ -89,11 +89,11 @@ class Config:
     max_grad_norm: float = 1.0  # gradient clipping; 0: none
 
 
-# There is no `paper`: its prior is Llama-3.1-8B (sft.py --llm).
+# There is no `paper`: its prior is Llama-3.1-8B (sft.py --llm DIR).
 #
 # `small`, for one GPU of 80 GB: 6.6M parameters, because on an H200 5M with 1550 steps did better
-# than 27M with 675 in the same time. 1.05 TFLOP per step, which took 24 ms: 2400 steps
-# take 58 s. After 960 steps it did not yet continue hands that turn.
+# than 27M with 675 in the same time. 1.05 TFLOP per step, which took 24 ms: 2400 steps take 58 s.
+# After 960 steps it did not yet continue moving hands. SFT of `small` needs --llm prior to use it.
 PRESETS = {
     "tiny": {},
     "small": dict(hands="4,6,6,8", length=192, hidden=256, ffn=768, layers=8, dtype="bfloat16",
@@ -101,6 +101,7 @@ PRESETS = {
 }
 EXPECTED = {"tiny": "2 to 3 minutes on 2 CPU cores.",
             "small": "A minute on one H200."}
+# parameters of `number_sequences`, kept in numbers.json: SFT and GRPO mix in sequences like these
 CORPUS = ("still", "slowest", "fastest", "accelerate", "change", "follow", "warp", "noise")
 
 # ------------------------------------------------------------------ number sequences
@@ -111,53 +112,53 @@ def number_sequences(n: int, K: int, F: int, generator: torch.Generator, still: 
                      change: float = 0.05, follow: float = 0.05, warp: float = 0.35,
                      noise: float = 0.25) -> Tensor:
     """
-    n sequences of the places of K hands in F frames: (n, F, K), int64 in 0..255. Every hand draws
-    for itself. The parameters: see Config.
+    n sequences of the places of K hands in F frames: (n, F, K), int64 in 0..255, on the generator's
+    device. Every hand draws its own random values. The parameters: see Config.
     """
     device = generator.device
-    source = dict(generator=generator, device=device)
+    rng = dict(generator=generator, device=device)
 
-    def uniform() -> Tensor:
-        return torch.rand(n, 1, K, **source)
+    def uniform() -> Tensor:                                # in [0, 1), a value per hand
+        return torch.rand(n, 1, K, **rng)
 
-    def velocity() -> Tensor:
+    def velocity() -> Tensor:                               # (n, 1, K): speed times a random sign
         return (slowest + (fastest - slowest) * uniform()) * (2 * (uniform() < 0.5) - 1)
 
     # steady, with constant acceleration, or with another velocity from the moment t_change on
     t = torch.arange(F, device=device)[:, None]                                 # (F, 1)
-    v = velocity() * (uniform() >= still)                   # places per frame, either way
+    v = velocity() * (uniform() >= still)                                       # places per frame
     kind = uniform()
-    a = 0.3 * torch.randn(n, 1, K, **source) * (kind < accelerate)              # per frame squared
-    after = (velocity() - v) * (kind >= 1 - change)
+    a = 0.3 * torch.randn(n, 1, K, **rng) * (kind < accelerate)                 # per frame squared
+    dv = (velocity() - v) * (kind >= 1 - change)
     t_change = F * uniform()
-    place = PLACES * uniform() + v * t + a * t ** 2 / 2 + after * (t - t_change).clamp(min=0)
+    place = PLACES * uniform() + v * t + a * t ** 2 / 2 + dv * (t - t_change).clamp(min=0)
 
-    # a follower turns -1, 1, 2 or 3 times as far as another hand
-    others = torch.randint(1, max(K, 2), (n, 1, K), **source)
-    leader = (torch.arange(K, device=device) + others) % K
+    # a follower moves -1, 1, 2 or 3 times as far as another hand, its leader
+    offset = torch.randint(1, max(K, 2), (n, 1, K), **rng)
+    leader = (torch.arange(K, device=device) + offset) % K                      # (n, 1, K)
     ratios = torch.tensor([-1, 1, 2, 3], device=device)
-    ratio = ratios[torch.randint(4, (n, 1, K), **source)]
+    ratio = ratios[torch.randint(4, (n, 1, K), **rng)]
     followed = PLACES * uniform() + ratio * place.gather(2, leader.expand(n, F, K))
-    place = torch.where(uniform() < follow, followed, place)
+    place = torch.where(uniform() < follow, followed, place)                    # (n, F, K)
 
     # the places are spaced unevenly, smoothly around the clock, and a little noise is added
     turns = place / PLACES
-    for period in (1, 2):                                   # per turn
+    for periods in (1, 2):                                  # of a sine around the clock
         strength = warp / 2 * uniform()
-        wave = torch.sin(2 * math.pi * (period * turns + uniform()))
-        turns = turns + strength * wave / (2 * math.pi * period)
-    spread = 2 * noise * uniform()                          # of this hand
-    place = PLACES * turns + spread * torch.randn(n, F, K, **source)
+        wave = torch.sin(2 * math.pi * (periods * turns + uniform()))
+        turns = turns + strength * wave / (2 * math.pi * periods)
+    std = 2 * noise * uniform()
+    place = PLACES * turns + std * torch.randn(n, F, K, **rng)
     return place.round().long() % PLACES
 
 
 def corpus_of(folder: Path) -> dict[str, float]:
-    """Parameters of the number sequences that the model in `folder` has read ({}: the defaults)."""
+    """The parameters of `number_sequences` kept in a model's folder ({}: its defaults)."""
     return checkpoint.read_json(Path(folder, NUMBERS), "restore it").get("corpus", {})
 
 
 def circle(n: int = PLACES) -> Tensor:
-    """The places of a clock with n of them, as points (n, 2) of the unit circle."""
+    """n points at equal distances on the unit circle (n, 2): the places of a clock."""
     angle = 2 * math.pi * torch.arange(n) / n
     return torch.stack([angle.cos(), angle.sin()], -1)
 
@@ -166,7 +167,7 @@ def circle(n: int = PLACES) -> Tensor:
 
 
 def sequence(model: Llama, codes: Tensor) -> Tensor:
-    """codes (B, F, K) -> ids (B, 1 + F K), the first of them BOS. ValueError for others' codes."""
+    """codes (B, F, K) -> ids (B, 1 + F K), the first BOS. ValueError for codes outside [0, V)."""
     codes, V = codes.flatten(1).long(), model.config.n_visual
     if (codes < 0).any() or (codes >= V).any():
         raise ValueError(f"codes must be in [0, {V}), the visual codes of this model")
@@ -176,27 +177,27 @@ def sequence(model: Llama, codes: Tensor) -> Tensor:
 
 
 def nearest_codes(codebook: Tensor, n: int) -> Tensor:
-    """codebook (V, dim) of unit vectors -> for each code, the n nearest (V, n), first itself."""
+    """codebook (V, dim) of unit vectors -> the n nearest codes of each, first itself: (V, n)."""
     codebook = codebook.double().cpu()
     cosine = codebook @ codebook.T                                              # (V, V)
-    cosine.fill_diagonal_(2)                                # itself first, even if another is equal
+    cosine.fill_diagonal_(2)                                # first, even if another code is equal
     return cosine.topk(n).indices
 
 
 def corrupt_inputs(codes: Tensor, near: Tensor, corrupt: float,
                    generator: torch.Generator) -> Tensor:
     """
-    Against exposure bias: when it generates, the model is given its own mistakes; thus its inputs
-    in training hold mistakes, too. codes (B, F, K) -> inputs (B, F, K). A share `corrupt` becomes
-    any code, the rest one of their nearest, near (V, n). The first 3 frames stay as they are. All
-    on the generator's device.
+    codes (B, F, K) -> inputs (B, F, K). Against exposure bias: a model that generates is given its
+    own mistakes, so its inputs in training hold mistakes, too. From the fourth frame on, a code
+    becomes a random one with probability `corrupt`, else one of its nearest, near (V, n), of which
+    it is one itself. All tensors are on the generator's device.
     """
     V, n = near.shape
-    source = dict(generator=generator, device=generator.device)
+    rng = dict(generator=generator, device=generator.device)
     codes = codes.long()                                    # a uint8 index would be a mask
-    nearby = near[codes, torch.randint(n, codes.shape, **source)]               # (B, F, K)
-    is_random = torch.rand(codes.shape, **source) < corrupt
-    random = torch.randint(V, codes.shape, **source)
+    nearby = near[codes, torch.randint(n, codes.shape, **rng)]                  # (B, F, K)
+    is_random = torch.rand(codes.shape, **rng) < corrupt
+    random = torch.randint(V, codes.shape, **rng)
     corrupted = torch.where(is_random, random, nearby)
     return torch.cat([codes[:, :CONDITION], corrupted[:, CONDITION:]], 1)
 
@@ -223,7 +224,7 @@ class NextToken(nn.Module):
 
 
 def new_shape(config, S: int, V: int) -> LlamaConfig:
-    """A new model, for BOS and V codes (no text), with a context of S tokens."""
+    """The shape of a new model for BOS and V codes (no text), with a context of S tokens."""
     return LlamaConfig(
         vocab_size=1 + V, hidden_size=config.hidden, intermediate_size=config.ffn,
         num_hidden_layers=config.layers, num_attention_heads=config.heads,
@@ -232,7 +233,7 @@ def new_shape(config, S: int, V: int) -> LlamaConfig:
 
 
 def check_shape(c) -> None:
-    """UserError for the size of a new model that cannot be, or for its dtype."""
+    """UserError for a size or dtype that a new model cannot have. c: the Config of a stage."""
     check(c.dtype in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
     check_ranges(c, hidden=(2, 16384), ffn=(1, 65536), layers=(1, 256), heads=(1, 256),
                  kv_heads=(1, 256), batch=(1, 65536))
@@ -243,10 +244,10 @@ def check_shape(c) -> None:
 @torch.no_grad()
 def init_near_alike(model: Llama, codebook: Tensor, frequency: float = 5.0) -> None:
     """
-    Near codes start alike: what is learnt of one holds for its neighbours, too. Their rows in the
-    embedding and in the head become random Fourier features (Rahimi and Recht 2007) of the codebook
-    (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), where s grows from 1 to `frequency`
-    over the D channels. The rows keep their standard deviation.
+    Near codes start with similar rows: what is learnt of one holds for its neighbours, too. The
+    codes' rows in the embedding and the head become random Fourier features (Rahimi and Recht 2007)
+    of the codebook (V, dim): cos(w c + b), with b uniform and w ~ N(0, s^2), where s grows from 1
+    to `frequency` over the D channels. The rows keep their standard deviation.
     """
     for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
         D, rows = weight.shape[1], weight[model.first_code:]                    # (V, D)
@@ -262,8 +263,8 @@ def init_near_alike(model: Llama, codebook: Tensor, frequency: float = 5.0) -> N
 
 def train_prior(config: Config, world: train.World) -> Llama:
     """
-    Trains a Llama on number sequences and saves it in <out>/llm. While it trains, the words for the
-    numbers take the place of the visual codes.
+    Trains a Llama on number sequences and saves it in <out>/llm. In training its words are called
+    visual codes, as NextToken wants them; it is saved as a model of text without such codes.
     """
     folder, B = Path(config.out, "llm"), config.batch
     checkpoint.start_stage(folder, config, world)
@@ -277,7 +278,7 @@ def train_prior(config: Config, world: train.World) -> Llama:
     world.print0(f"prior: {millions(model)} parameters, {config.steps} steps of {B} sequences of "
                  f"{config.length} numbers")
     loss_of = train.distribute(NextToken(model), world)
-    n = world.accumulation_steps(B, config.micro_batch)
+    n = world.accumulation_steps(B, config.micro_batch)     # micro-batches per rank
 
     with train.Run(folder, model, config, world) as run:
         for step in run:
@@ -301,8 +302,7 @@ def train_prior(config: Config, world: train.World) -> Llama:
         ids = list(range(model.config.vocab_size - PLACES, model.config.vocab_size))
         checkpoint.write_json(new / NUMBERS, {"ids": ids, "corpus": corpus})
 
-    # saved as a model of text: SFT adds the visual codes
-    model.config = dataclasses.replace(model.config, n_visual=0)
+    model.config = dataclasses.replace(model.config, n_visual=0)    # SFT appends visual codes
     checkpoint.finish(folder, save, config, model, world)
     return model.eval()
 
@@ -310,8 +310,8 @@ def train_prior(config: Config, world: train.World) -> Llama:
 @torch.no_grad()
 def continuation_error(model: Llama, speed: float, K: int = 3, n: int = 32) -> float:
     """
-    Given 3 frames of K steady hands, each `speed` places per frame fast, greedy decoding of the
-    other 29: the mean distance to the true places. A guess would be 64 places off.
+    Greedy decoding of 29 frames, given 3, in n sequences of K steady hands that move `speed` places
+    per frame: mean distance to the true places, in places. Random guesses would be 64 off.
     """
     steady = dict.fromkeys(CORPUS, 0.0) | {"slowest": speed, "fastest": speed}
     numbers = number_sequences(n, K, FRAMES, train.generator(0), **steady).to(model.head.device)
@@ -370,7 +370,7 @@ def check_config(c: Config) -> None:
 
 
 def run_stage(config: Config, world: train.World) -> None:
-    """Trains the model that `config` describes, unless it is there; prints how it continues."""
+    """Trains the model of `config`, unless it is there; prints its error at four speeds."""
     check_config(config)
     folder = Path(config.out, "llm")
     if checkpoint.is_trained(folder, config, world):

@@ -189,14 +189,14 @@ def first_frames(scenario: str, split: str, n: int, seed: int = 0) -> Clips:
 
 def play(first: Clips, index: Tensor | None = None) -> Clips:
     """
-    Simulates clips of which only the initial states are known, all of them or those at index (B,).
-    These are what they are among all, bit for bit; the heights of colliding balls up to 1e-12.
+    Simulates the initial states `first` (see `first_frames`), all or those at index (B,) int64.
+    Equals play(first)[index] bit for bit, except y of colliding balls: within 1e-12.
     """
     chosen, scene = first, None
     if index is not None:
         chosen = first[index]
-        if first.scenario != "collision":                 # balls that can share a scene
-            scene = index % SCENES
+        if first.scenario != "collision":                 # single balls can share a scene
+            scene = index % SCENES                        # that of play(first): y is rounded alike
     start = chosen.position[:, 0]
     position = simulate(first.scenario, chosen.radius, chosen.velocity, start, scene=scene)
     inside = _in_view(chosen.radius, position)
@@ -237,9 +237,9 @@ def _start_one_ball(rng: np.random.Generator, ranges: tuple[str, ...], n: int, t
     r = _draw(rng, RADIUS[ranges[0]], n)
     v = _draw(rng, SPEED[ranges[1]], n)
 
-    rightmost = WORLD - (IN_VIEW * v + r)                 # started here, in view for IN_VIEW s
+    rightmost = WORLD - (IN_VIEW * v + r)                 # from here, in view for just IN_VIEW s
     x_slow = rng.uniform(r, np.maximum(rightmost, r))
-    x_fast = r + rng.uniform(0, GAP, n)                   # too fast for it: near the left edge
+    x_fast = r + rng.uniform(0, GAP, n)                   # no room for that: near the left edge
     x = np.where(rightmost >= r, x_slow, x_fast)
 
     lowest = WORLD - DROP - r if thrown else r + GAP
@@ -287,8 +287,8 @@ def simulate(scenario: str, radius: Tensor, velocity: Tensor, start: Tensor,
     Simulates clips with pymunk -> positions (B, F, N, 2), float64.
 
     radius (B, N), velocity (B, N; the initial speed) and start (B, N, 2; the centres at t = 0).
-    scenes: number of clips that share a Space. scene (B,): the height, in views, at which a clip is
-    simulated, on which depends how its own are rounded; by default they lie side by side.
+    scenes: number of clips that share a Space, stacked. scene (B,): the level of each, in views: it
+    is moved up by so many while simulated, which decides how its y is rounded; by default 0, 1, ...
     Raises ValueError for wrong shapes, non-finite values, and numbers so small or large that pymunk
     would abort the process or compute nonsense; for balls that reach above or below the view or
     start at different heights, which could hit balls of other clips; and for balls that overlap or
@@ -343,7 +343,7 @@ def _check_finite(**tensors: Tensor) -> None:
 def _simulate_in_one_space(scenario: str, radius: Tensor, speed: Tensor, start: Tensor,
                            substeps: int, scene: Tensor) -> Tensor:
     """
-    As `simulate`. The clips are stacked: each is moved up by its scene, in view heights. Balls of
+    As `simulate`, in one Space: each clip is moved up by its scene, in view heights. Balls of
     different clips never touch: single balls have no shape, and colliding balls keep their height.
     """
     B, N = radius.shape
@@ -425,8 +425,8 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
 
     position (B, F, N, 2) and radius (B, N) in world units, on any device. The first ball is red,
     the second blue. A pixel on an edge mixes white and the ball's colour by the share of its area
-    that the ball covers. This share is an integral: exact along y, a sum of `slices` along x. It is
-    computed in a window around each ball only: all windows have the size of the largest ball.
+    that the ball covers: an integral, exact along y, along x a sum of `slices` per pixel. It is
+    computed in a window around each ball only; all windows are as large as the largest ball needs.
     Raises ValueError for wrong shapes, a third ball, radius <= 0, and for what is NaN or infinite
     in float32.
     """
@@ -440,14 +440,14 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
     center = (position * scale).float()                           # (B, F, N, 2)
     r = (radius * scale).float()[:, None]                         # (B, 1, N)
     _check_finite(position=center, radius=r)
-    radii = r.flatten().tolist()                                  # empty where B is 0
+    radii = r.flatten().tolist()                                  # empty if B is 0
     if min(radii, default=1) <= 0:
         raise ValueError("radius must be > 0")
 
-    side = min(size, int(2 * max(radii, default=1)) + 2)          # of the windows, in pixels
+    side = min(size, int(2 * max(radii, default=1)) + 2)          # of a window, in pixels
     if center.requires_grad or r.requires_grad:
-        side = size                                               # see `windows`
-    cx, cy = center[..., 0], size - center[..., 1]                # (B, F, N), row 0 is on top
+        side = size                                               # for autograd: see `windows`
+    cx, cy = center[..., 0], size - center[..., 1]                # (B, F, N); row 0 is on top
     frames = _white_frames(B, F, size, position.device)
     for part in parts(B, F):
         _paint(frames[part], cx[part], cy[part], r[part], side, slices)
@@ -455,7 +455,7 @@ def render(position: Tensor, radius: Tensor, size: int, slices: int = 8) -> Tens
 
 
 def _paint(frames: Tensor, cx: Tensor, cy: Tensor, r: Tensor, side: int, slices: int) -> None:
-    """Paints discs into white frames. cx, cy (B, F, N) and r (B, 1, N) are in pixels."""
+    """Paints discs into white frames, in place. cx, cy (B, F, N) and r (B, 1, N), in pixels."""
     (B, F, N), size, device = cx.shape, frames.shape[-1], frames.device
     x0 = (cx - r).floor().clamp(0, size - side).long()            # first column of the window
     y0 = (cy - r).floor().clamp(0, size - side).long()            # first row
@@ -463,22 +463,22 @@ def _paint(frames: Tensor, cx: Tensor, cy: Tensor, r: Tensor, side: int, slices:
     left = (x0[..., None] + pixel).float()                        # (B, F, N, side)
     top = (y0[..., None] + pixel).float()[..., None, None]        # (B, F, N, side, 1, 1)
 
-    offset = (torch.arange(slices, device=device) + 0.5) / slices
-    x = left[..., None, :] + offset[:, None] - cx[..., None, None]
-    r, cy = r[..., None, None], cy[..., None, None]
+    offset = (torch.arange(slices, device=device) + 0.5) / slices  # middles, in pixels
+    x = left[..., None, :] + offset[:, None] - cx[..., None, None]        # (B, F, N, slices, side)
+    r, cy = r[..., None, None], cy[..., None, None]               # (B, 1 or F, N, 1, 1)
     half_chord = (r * r - x * x).clamp(min=0).sqrt()              # half the disc's height at x
     upper = (cy - half_chord)[..., None, :, :].maximum(top)       # (B, F, N, side, slices, side)
     lower = (cy + half_chord)[..., None, :, :].minimum(top + 1)
     covered = lower.sub_(upper).clamp_(0, 1)                      # in place: stays in the cache
     covered = sum(covered.unbind(-2)) / slices                    # (B, F, N, side, side)
 
-    view = windows(frames, side, side)                            # frames change with it
+    view = windows(frames, side, side)                            # writing to it changes frames
     green = view[:, :, 1]
     clip = torch.arange(B, device=device)[:, None]
     frame = torch.arange(F, device=device)
-    for n in range(N):
+    for n in range(N):                      # red lacks blue (channel 2), blue lacks red (channel 0)
         window = clip, frame, y0[:, :, n], x0[:, :, n]
-        view[:, :, 2 - 2 * n][window] = 1 - covered[:, :, n]      # blue, red
+        view[:, :, 2 - 2 * n][window] = 1 - covered[:, :, n]      # no other ball changes it
         green[window] = (green[window] - covered[:, :, n]).clamp(min=0)
 
 
@@ -491,16 +491,16 @@ def _white_frames(B: int, F: int, size: int, device: torch.device) -> Tensor:
 
 
 def parts(B: int, F: int) -> list[slice]:
-    """Slices of B clips of F frames, each of about AT_ONCE frames."""
+    """Slices of the B clips, each of about AT_ONCE frames (at least one clip of F frames)."""
     clips = max(1, AT_ONCE // F)
     return [slice(i, i + clips) for i in range(0, B, clips)]
 
 
 def windows(frames: Tensor, height: int, width: int) -> Tensor:
     """
-    All windows of frames (.., H, W) as a view, without a copy. Indexed [.., y, x] it gives the
-    window (height, width) whose first pixel is in row y and column x. Windows overlap, for which
-    autograd is not made: where a gradient is wanted, take the one window that is the whole frame.
+    All windows of frames (.., H, W) as a view, without a copy: (.., H - height + 1, W - width + 1,
+    height, width). At [.., y, x] is the window that begins in row y and column x. Autograd is not
+    made for overlapping views: for a gradient, take the one window that is the whole frame.
     """
     return frames.unfold(-2, height, 1).unfold(-2, width, 1)
 
@@ -520,7 +520,7 @@ def check_frames(frames: Tensor) -> None:
 
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """Frames in [0, 1] -> 8-bit frames, as a saved picture holds them."""
+    """Float frames in [0, 1] -> uint8 frames of the same shape, as in a saved picture."""
     return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
