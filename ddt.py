@@ -24,9 +24,8 @@ Source: Phys-AR (Lin et al. 2025, https://arxiv.org/abs/2504.15932), section 3.2
 MMDiT: Stable Diffusion 3, Esser et al. 2024, https://arxiv.org/abs/2403.03206.
 
 Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
-1. Time is skewed to noise: u ~ U(0, 1), t = 20u / (1 + 19u), k = ceil(u K); in 3 of 10 samples u = 1.
-   Up to t = 0.95 the balls of a frame are seen through the noise, and no token is needed. With 20
-   most often each token is one of x, y and radius; with 8 or 40, rarely (docs/RESULTS.md, 8.4).
+1. Time is skewed to noise: u ~ U(0, 1), t = 20u / (1 + 19u), k = ceil(u K); of 10 samples 3 have
+   u = 1. Up to t = 0.95 the balls of a frame are seen through the noise, and no token is needed.
 2. A frame is decoded by one call at t = 1 with all tokens; `decode` can also take Euler steps.
 3. Quantization starts late: a codebook of an encoder that has learnt nothing is worth nothing.
 4. `tiny` and `small` have codes of 3 dimensions. LayerNorm leaves of them a closed curve: a code is

@@ -239,10 +239,10 @@ def test_sft_starts_from_given_weights(finished, tmp_path, capsys, one_split):
     def set_context(n):
         text = json.dumps(config | {"max_position_embeddings": n})
         (llm / "config.json").write_text(text)
-    set_context(128)
+    set_context(96)
     short = complaint(capsys, sft.main, *args)
-    assert "129 tokens, this model's context 128" in short and "\n" not in short
-    set_context(129)
+    assert "97 tokens, this model's context 96" in short and "\n" not in short
+    set_context(97)
     sft.main(args)
     model = Llama.load(out / "sft")
     assert model.config.vocab_size == 320 + 256 and model.config.n_visual == 256
@@ -339,7 +339,7 @@ def test_from_random_weights(finished, tmp_path, monkeypatch, one_split):
 
     def no_numbers(n, *_, **__):
         assert n == 0
-        return torch.zeros(0, 32, 4, dtype=torch.int64)
+        return torch.zeros(0, 32, 3, dtype=torch.int64)
     monkeypatch.setattr(sft, "number_sequences", no_numbers)
     monkeypatch.setattr(grpo, "number_sequences", None)
     run("sft", tmp_path, "--llm", "none", "--hidden", "64")

@@ -82,7 +82,7 @@ def test_plan_of_8b_by_hand():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_of_grpo_by_hand(betas, checkpointing):
     """In passes over the rollouts, of which each has so many FLOPs as its products."""
-    c, P, G, K = LlamaConfig(300, 64, 160, 3, 4, 4, 16, n_visual=256), 6, 4, 4
+    c, P, G, K = LlamaConfig(300, 64, 160, 3, 4, 4, 16, n_visual=256), 6, 4, 3
     config = grpo.Config(prompts=P, group=G, micro_batch=3, beta_pretrain=betas[0],
                          beta_numbers=betas[1], checkpointing=checkpointing)
     tokenizer = plan.meta_tokenizer("ddt", "tiny", "uniform")
@@ -297,7 +297,7 @@ def test_what_does_not_fit_is_said_with_flags(monkeypatch, capsys):
     ("grpo --world 80", "a batch of 8 cannot be sharded over 80 ranks"),
     ("grpo --world 80 --preset paper", "a batch of 28 cannot be sharded over 80 ranks"),
     ("sft --world 80 --llm prior", "a batch of 32 cannot be sharded over 80 ranks"),
-    ("sft --world 17", "a batch of 16 cannot be sharded over 17 ranks"),
+    ("sft --world 17 --llm none", "a batch of 16 cannot be sharded over 17 ranks"),
     ("prior --world 80", "a batch of 32 cannot be sharded over 80 ranks"),
     ("prior --hands 2,x", "--hands 2,x"),
     ("ddt --world 80", "a batch of 64 cannot be sharded over 80 ranks"),
