@@ -24,8 +24,8 @@ Source: Phys-AR (Lin et al. 2025, https://arxiv.org/abs/2504.15932), section 3.2
 MMDiT: Stable Diffusion 3, Esser et al. 2024, https://arxiv.org/abs/2403.03206.
 
 Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
-1. Time is skewed to noise: u ~ U(0, 1), t = 20u / (1 + 19u), k = ceil(u K); of 10 samples 3 have
-   u = 1. Up to t = 0.95 the balls of a frame are seen through the noise, and no token is needed.
+1. Time is skewed to noise: u ~ U(0, 1), but u = 1 in 3 of 10 samples; t = s u / (1 + (s - 1) u),
+   s = 20 (`small`: 8); k = ceil(u K). Up to t = 0.95 balls show through, and no token is needed.
 2. A frame is decoded by one call at t = 1 with all tokens; `decode` can also take Euler steps.
 3. Quantization starts late: a codebook of an encoder that has learnt nothing is worth nothing.
 4. `tiny` and `small` have codes of 3 dimensions. LayerNorm leaves of them a closed curve: a code is
@@ -92,7 +92,7 @@ class Config:
     # data
     scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
     clips: int = 6000           # training clips (of 32 frames) per motion
-    frames: int = 49152         # frames to train on, encoded once at the start (all: in every step)
+    frames: int = 49152         # frames to train on, encoded once (if all there are: in each step)
     size: int = 32              # pixels per side of a frame
     vae: str = ""               # folder of a VAE in diffusers' layout (empty: <out>/vae)
     # model
@@ -145,17 +145,15 @@ PRESETS = {
                   shift=8.0, steps=2000, batch=256, lr=8e-4, warmup=400, save_every=1000),
     "paper": dict(scenario="all", clips=3_000_000, frames=300_000_000, size=128, queries=16,
                   code_dim=16, token_noise=0.2, patch=1, image_width=128, query_width=256,
-                  encoder_layers=12,
-                  width=512, layers=12, heads=8, steps=140_000, batch=1024, lr=1e-4, warmup=5000,
-                  eps=1e-6, max_grad_norm=0.0, eval_clips=1000),
+                  encoder_layers=12, width=512, layers=12, heads=8, steps=140_000, batch=1024,
+                  lr=1e-4, warmup=5000, eps=1e-6, max_grad_norm=0.0, eval_clips=1000),
 }
 EXPECTED = {"tiny": "4 to 10 minutes on 2 CPU cores.",
             "small": "3 minutes on one H200.", "paper": "Not run yet."}
 
+MODEL = "model.safetensors"     # the weights, in a model's folder
+
 # ------------------------------------------------------------------ quantizer
-
-
-MODEL = "model.safetensors"
 
 
 class TokenLinear(nn.Module):
@@ -231,7 +229,7 @@ class EMAVectorQuantizer(nn.Module):
         """Unit vectors (..., dim) -> index of the most similar code (...)."""
         # fp64: on a curve a code's cosine with its neighbour is 1 - 3e-4, and tf32 rounds at 5e-4
         codebook = self.codebook.T.double()                 # (dim, V)
-        parts = z.reshape(-1, z.shape[-1]).split(1024)      # whose cosines a CPU's cache holds
+        parts = z.reshape(-1, z.shape[-1]).split(1024)      # 1024 x V cosines fit a CPU's cache
         # max: on a CPU faster than argmax
         codes = [(part.double() @ codebook).max(-1).indices for part in parts]
         return torch.cat(codes).view(z.shape[:-1])
@@ -329,22 +327,22 @@ class EMAVectorQuantizer(nn.Module):
 
 def closed_path(points: Tensor) -> Tensor:
     """
-    points (V, dim) -> their order (V,) along a short closed path: first always on to the nearest
-    point left, then 2-opt (a stretch is turned round as long as this shortens the path). Cut open
-    at the longest edge.
+    points (V, dim) -> their order (V,) along a short closed path: greedily to the nearest point not
+    yet visited, then 2-opt (segments are reversed while that shortens the path). Cut open at the
+    longest edge.
     """
     # fp64: neighbours are near; on the CPU, so that all ranks find the same path
     points = points.double().cpu()
     distance = (points[:, None] - points).norm(dim=-1)                          # (V, V)
-    left, path = distance.clone(), [0]
+    unvisited, path = distance.clone(), [0]                                     # inf: visited
     for _ in range(len(points) - 1):
-        left[:, path[-1]] = math.inf
-        path.append(int(left[path[-1]].argmin()))
+        unvisited[:, path[-1]] = math.inf
+        path.append(int(unvisited[path[-1]].argmin()))
     path, shorter = torch.tensor(path), True
     while shorter:
         shorter = False
         for i in range(len(path) - 1):
-            # edges a-b and c-d become a-c and b-d: the stretch b ... c is turned round
+            # edges a-b and c-d become a-c and b-d: the segment b ... c is reversed
             a, b, c, d = path[i], path[i + 1], path[i + 1:], path.roll(-1)[i + 1:]
             change = distance[a, c] + distance[b, d] - distance[a, b] - distance[c, d]
             j = int(change.argmin())
@@ -357,9 +355,9 @@ def closed_path(points: Tensor) -> Tensor:
 
 def crowding(z: Tensor, others: Tensor) -> Tensor:
     """
-    How near unit vectors z (B, K, dim) are to those of the same token in others (n, K, dim): log of
-    the mean of exp(-2 distance^2), mean over the tokens. 0 if all are equal, less if they are
-    spread; its gradient pushes them apart -> (B,).
+    How near unit vectors z (B, K, dim) are to those of the same token in others (n, K, dim) ->
+    (B,), log of the mean of exp(-2 distance^2), mean over the tokens. 0 if all are equal, less if
+    they are spread: as a loss, it pushes them apart.
     Uniformity, Wang and Isola 2020, https://arxiv.org/abs/2005.10242.
     """
     cosine = torch.einsum("bkd,nkd->bkn", z, others)        # distance^2 = 2 - 2 cosine
@@ -472,7 +470,7 @@ class QFormer(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:            # (B, C, h, w)
         x = self.latent_in(patchify(latent, self.patch)) + self.position       # (B, L, image_width)
-        # contiguous, here and in MMDiT: or the first block would be compiled apart from the others
+        # contiguous, here and in MMDiT: else torch.compile would compile the first block separately
         y = self.queries.expand(len(x), -1, -1).contiguous()                   # (B, K, query_width)
         for image, query in zip(self.image_blocks, self.query_blocks):
             x, y = self.block(image, query, x, y)
@@ -529,9 +527,9 @@ class MMDiT(nn.Module):
 
     def forward(self, latent: Tensor, t: Tensor, tokens: Tensor, k: Tensor) -> Tensor:
         """
-        latent (B, C, h, w), t (B,), tokens (B, K, code_dim), k (B,) visible tokens -> x_0 (B, C, h,
-        w). t and k may be (1,), the same for all. Tokens from k on are masked as keys in every
-        block: they have exactly no influence.
+        Noisy latent x_t (B, C, h, w), t (B,), tokens (B, K, code_dim), of which the first k (B,)
+        are visible -> x_0 (B, C, h, w). t and k may be (1,), the same for all. The other tokens are
+        masked as keys in every block: they have exactly no influence.
         """
         visible = torch.arange(tokens.shape[1], device=k.device) < k[:, None]   # (B, K)
         x = self.latent_in(patchify(latent, self.patch)) + self.position        # (B, L, D)
@@ -608,11 +606,11 @@ class DDT(nn.Module):
 
     @property
     def past_plateau(self) -> bool:
-        """The tokens carry information; while they do, they are kept different from each other."""
+        """Whether tokens carry information; while they do, noise and crowding keep them apart."""
         return bool(self.mse_noise < self.config.noise_below)
 
     def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """u (B,) in [0, 1] -> time t (B,), and the number of visible tokens k (B,)."""
+        """u (B,) in [0, 1] -> time t (B,) in [0, 1], and the number of visible tokens k (B,)."""
         s = self.config.shift
         t = s * u / (1 + (s - 1) * u)
         share = u if self.config.prefix == "growing" else torch.ones_like(u)
@@ -654,7 +652,7 @@ class DDT(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """frames (B, 3, H, W) in [0, 1] -> codes (B, K), int64, in config.order."""
+        """frames (B, 3, H, W) in [0, 1] or ValueError -> codes (B, K), int64, in config.order."""
         frames = checked_frames(frames, self.config.size)
         return self.ordered(self.quantizer.nearest(self.vectors(self.latent(frames))))
 
@@ -666,8 +664,9 @@ class DDT(nn.Module):
     def decode(self, codes: Tensor, steps: int = 1,
                generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """
-        codes (B, K), of any integer type -> frames (B, 3, H, W) in [0, 1], from noise that the
-        generator draws. A list of generators: each draws for an equal share of the rows, a clip.
+        codes (B, K), of any integer type -> frames (B, 3, H, W) in [0, 1], from the generator's
+        noise, by `steps` calls of the decoder. Of a list, each generator draws for an equal share
+        of the rows, such as a clip's frames. ValueError for wrong codes, steps or list.
         """
         codebook = self.quantizer.codebook
         codes = checked_codes(codes, self.config.queries, len(codebook)).to(codebook.device)
@@ -687,8 +686,9 @@ class DDT(nn.Module):
 
     def sample(self, tokens: Tensor, x: Tensor, steps: int) -> Tensor:
         """
-        Euler steps of the flow dx/dt = eps - x_0 = (x - x_0) / t, from noise x (B, C, h, w) at
-        t = 1 to a latent: x + (t_next - t) (x - x_0) / t = x_0 + (t_next / t) (x - x_0).
+        Euler steps of the flow dx/dt = eps - x_0 = (x - x_0) / t, given tokens (B, K, code_dim),
+        from noise x (B, C, h, w) at t = 1 to a latent:
+        x + (t_next - t) (x - x_0) / t = x_0 + (t_next / t) (x - x_0).
         """
         grid = torch.linspace(1, 0, steps + 1, device=x.device)
         for u, u_next in zip(grid[:-1], grid[1:]):
@@ -731,7 +731,7 @@ def checked_codes(codes: Tensor, K: int, V: int) -> Tensor:
 
 
 def check_first_frames(frames: Tensor, size: int) -> None:
-    """ValueError unless these are the frames that a model predicts the others from."""
+    """ValueError unless these can be the first frames of clips: (B, 3, 3, size, size) in [0, 1]."""
     if frames.ndim != 5 or frames.shape[1:] != (CONDITION, 3, size, size):
         raise ValueError(f"a clip is predicted from its first {CONDITION} frames (B, {CONDITION}, "
                          f"3, {size}, {size}); got {tuple(frames.shape)}")
@@ -750,8 +750,8 @@ def clip_generators(frames: Tensor, seed: int = 0) -> list[torch.Generator]:
 
 def described(config) -> dict:
     """The fields of a config that are kept with the weights."""
-    places = ("out", "vae", "fresh", "save_every", "compile")
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in places}
+    left_out = ("out", "vae", "fresh", "save_every", "compile")
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
 
 
 def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Module:
@@ -771,9 +771,9 @@ def load_model(folder, kind: str, build: Callable[[dict], nn.Module]) -> nn.Modu
 
 class Latents:
     """
-    The latents (C, h, w) of config.frames frames, drawn from all those of the training clips by the
-    seed. They are encoded here, once, each rank its shard. If config.frames is not less than there
-    are, nothing is kept: a frame is encoded when it is asked for.
+    The latents (C, h, w) of config.frames random frames of the training clips, a function of the
+    seed. They are encoded here, once, each rank its shard. If there are not more frames than that,
+    none is kept: a frame is encoded when it is indexed.
     """
 
     def __init__(self, tokenizer: DDT, config: Config, world: train.World):
@@ -815,7 +815,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     model = train.distribute(tokenizer, world)              # the tokenizer, or DDP around it
     n = world.accumulation_steps(B, config.micro_batch)
 
-    shown = ("mse", "mse_noise", "codes_used")
+    shown = ("mse", "mse_noise", "codes_used")              # in the progress bar
     with train.Run(folder, tokenizer, config, world, shown, sources) as run:
         for step in run:
             model.train()
@@ -856,7 +856,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
 def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> list[Tensor]:
     """
     This rank's u (b,), noise (b, *shape) of the latents and token noise (b, K, dim), which the
-    quantizer ignores once it quantizes. Drawn for all ranks: their number changes nothing.
+    quantizer ignores once it quantizes. Drawn for the global batch, whatever the number of ranks.
     """
     c, device = tokenizer.config, world.device
     source = dict(generator=train.generator(c.seed, step, device=device), device=device)
@@ -870,14 +870,14 @@ def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> l
 
 @torch.no_grad()
 def global_vectors(tokenizer: DDT, latent: Tensor, n: int, world: train.World) -> Tensor:
-    """This rank's latents (b, C, h, w), in n parts -> the unit vectors of all ranks (B, K, dim)."""
+    """This rank's latents (b, C, h, w), n micro-batches -> vectors of all ranks (B, K, dim)."""
     with world.autocast():
         z = torch.cat([tokenizer.vectors(x) for x in latent.tensor_split(n)])
     return all_gather(z)
 
 
 def update_mse_noise(tokenizer: DDT, mse: Tensor, world: train.World) -> None:
-    """Moves the running mean by this rank's errors at pure noise (n,), n may be 0."""
+    """Moves the running mean toward the mean of all ranks' errors mse (n,) at t = 1, n may be 0."""
     count = torch.tensor(float(len(mse)), device=mse.device)
     total, count = world.all_reduce(torch.stack([mse.sum(), count]))
     if count:
@@ -886,7 +886,7 @@ def update_mse_noise(tokenizer: DDT, mse: Tensor, world: train.World) -> None:
 
 @torch.no_grad()
 def start_quantizing(tokenizer: DDT, data: Latents, step: int, n: int, world: train.World) -> None:
-    """Fills the codebook from the vectors of 16 batches of frames, in n parts."""
+    """Fills the codebook from the vectors of 16 batches of frames, encoded in n parts per rank."""
     c = tokenizer.config
     index = world.shard(train.batch_indices(c.seed, step, 16 * c.batch, len(data)))
     latent = torch.cat([data[i] for i in index.split(frames_per_call(world.device))])
@@ -919,7 +919,7 @@ def reconstruction(tokenizer, **options) -> Callable[[Tensor], Tensor]:
 
 
 def center_error(tokenizer, scenario: str, device, n: int = 32) -> tuple[float, int]:
-    """Median centre error of the balls in reconstructed iid clips; number of codes in use."""
+    """Of n reconstructed iid clips: median centre error in world units; number of codes in use."""
     clips = sim.sample(scenario, "iid", n, evaluate.EVAL_SEED).to(device)
     frames = sim.render(clips.position, clips.radius, tokenizer.config.size)
     center, _, _ = reward.detect(reconstruction(tokenizer)(frames), clips.radius.shape[1])
@@ -929,7 +929,7 @@ def center_error(tokenizer, scenario: str, device, n: int = 32) -> tuple[float, 
 
 
 def report(config, tokenizer: DDT, world: train.World) -> Path:
-    """The tokenizer's rows of the result table, and its picture. What is there is kept."""
+    """The VAE's and the tokenizer's rows and pictures, unless they are there -> results.json."""
     c, predict = tokenizer.config, reconstruction(tokenizer)
     c = dataclasses.replace(c, out=config.out, scenario=config.scenario)        # of this run
     vae_stage.report(c, tokenizer.vae, world)

@@ -20,7 +20,7 @@ Differences from textbook GRPO, and choices where the paper is silent (docs/RESU
 2. The KL is exact: a sum over the 256 codes of every token, no estimate from the sampled one.
 3. One update per rollout: the ratio, kept as in Eq. 9, is always 1, and nothing is clipped.
 4. Old and new log-probabilities are of the distribution sampled from (top-k 50, top-p 0.95).
-5. Advantages divide by std + 0.1. Decoding is random: the reward of the same codes has std 0.1.
+5. Advantages divide by std + 0.1: 0.1 is the reward's std over decodings of the same codes.
 6. A token is judged by the reward of eight frames, its own the first (--whole_clip: of the clip).
 7. The KL is also taken on clips of SFT's range (beta_pretrain) and on number sequences of stage 0
    (beta_numbers), which RL would forget otherwise.
@@ -79,15 +79,15 @@ class Config:
     # rollout
     prompts: int = 8            # conditions per step, over all ranks
     group: int = 8              # rollouts per condition, G
-    top_k: int = 50             # sampling: only the most likely codes, this many
-    top_p: float = 0.95         # sampling: of these the fewest that hold this probability
+    top_k: int = 50             # sampling: this many of the most likely codes are kept
+    top_p: float = 0.95         # sampling: of these the fewest that together have this probability
     # loss
     clip_eps: float = 0.2       # PPO's epsilon: the ratio is clipped to 1 +- this
     horizon: int = 8            # frames whose reward judges a token, its own the first of them
     whole_clip: bool = False    # judge a token by the reward of the whole clip, as in the paper
     beta: float = 0.02          # weight of the KL to the SFT model on rollouts
     beta_pretrain: float = 0.05 # weight of the KL to the SFT model on clips of SFT's range
-    beta_numbers: float = 0.05  # weight of the KL to the SFT model on number sequences of its prior
+    beta_numbers: float = 0.05  # weight of the KL to the SFT model on number sequences of stage 0
     # optimization
     steps: int = 40             # optimizer steps, each on new rollouts
     micro_batch: int = 32       # rollouts per backward pass and rank
@@ -104,10 +104,10 @@ class Config:
 
 
 # `paper` is Table 3, on 8 GPUs: 3 or 4 prompts each. Its batch of 28 is taken as prompts. The paper
-# gives neither group nor beta; both are as in `tiny`.
+# gives neither group nor beta: both are as in `tiny`.
 #
-# `small`, for one GPU of 80 GB: 256 rollouts of 174 tokens take a second by the rates of an H200
-# (0.25 s to sample the tokens, 0.5 s to decode 7424 frames): 75 steps, 25 of each motion, 75 s.
+# `small`, for one GPU of 80 GB: 256 rollouts of 174 tokens take a second at an H200's rates (0.25 s
+# to sample the tokens, 0.5 s to decode 7424 frames): 75 steps, 25 of each motion, take 75 s.
 PRESETS = {
     "tiny": {},
     "small": dict(scenario="all", prompts=32, micro_batch=128, steps=75, warmup=8, save_every=25,
@@ -125,7 +125,7 @@ def advantages(score: Tensor) -> Tensor:
     """
     Eq. 8: scores (P, G), or of every frame (P, G, F) -> the same shape, normalised in each group.
     NaN becomes 0: where the true ball has left the view, no frame of the group has a score. Raises
-    ValueError for infinity, and for NaN in a part of a group: no reward is so.
+    ValueError for what a reward never is: infinity, or NaN in a part of a group only.
     """
     missing = score.isnan()
     if score.isinf().any() or (missing.any(1) != missing.all(1)).any():
@@ -136,7 +136,7 @@ def advantages(score: Tensor) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, logits_ref: Tensor) -> Tensor:
-    """Exact KL(pi || pi_ref) of two policies' logits (..., V), a sum over all codes -> (...)."""
+    """Exact KL(pi || pi_ref) in nats of two logits (..., V), a sum over all codes -> (...)."""
     log_pi = logits.float().log_softmax(-1)
     log_ref = logits_ref.float().log_softmax(-1)
     return (log_pi.exp() * (log_pi - log_ref)).sum(-1)
@@ -158,8 +158,8 @@ def grpo_loss(logits: Tensor, logits_ref: Tensor, codes: Tensor, support: Tensor
     gain = ratio * advantage
     clipped_gain = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage
     policy_loss = -torch.minimum(gain, clipped_gain)                        # (R, T)
-    # KL and entropy are of the whole softmax. On the supports, a code of the policy's could be cut
-    # from the reference's, where its probability is 0 and the KL infinite
+    # KL and entropy are of the whole softmax. Of the truncated distributions, the KL is infinite
+    # where a code of the policy's support is not in the reference's
     kl = kl_divergence(logits, logits_ref)                                  # (R, T)
     log_pi = logits.detach().float().log_softmax(-1)                        # (R, T, V)
     entropy = -(log_pi.exp() * log_pi).sum(-1)                              # (R, T)
@@ -187,7 +187,7 @@ class KnownSequences:
 
 
 def micro_batches(batch: Rollouts | KnownSequences, n: int) -> list:
-    """The batch, cut into n of its kind."""
+    """The batch, cut along its first axis into n of the same class."""
     parts = zip(*(x.tensor_split(n) for x in vars(batch).values()))
     return [type(batch)(*part) for part in parts]
 
@@ -203,7 +203,7 @@ class CodeLogits(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, T: int) -> Tensor:
-        hidden = self.model(ids[:, :-1])                    # (B, S - 1, D): s predicts s + 1
+        hidden = self.model(ids[:, :-1])            # (B, S - 1, D): position s predicts token s + 1
         return self.model.visual_logits(hidden[:, -T:])     # (B, T, V)
 
 
@@ -216,8 +216,8 @@ def frozen_logits(model: Llama, ids: Tensor, T: int) -> Tensor:
 def frozen_logprobs(model: Llama, ids: Tensor, codes: Tensor, support: Tensor,
                     micro_batch: int) -> Tensor:
     """
-    Log-probabilities of the codes (R, T) that end the sequences ids (R, S), without gradient. Only
-    the logits of micro_batch rows are there at a time.
+    Log-probabilities (R, T) of the codes (R, T) that end the sequences ids (R, S), under support
+    (R, T, V) and without gradient. Holds the logits of micro_batch rows at a time.
     """
     parts = zip(*(x.split(micro_batch) for x in (ids, codes, support)))
     return torch.cat([logprobs(frozen_logits(model, part, c.shape[1]), c, s)
@@ -228,8 +228,8 @@ def frozen_logprobs(model: Llama, ids: Tensor, codes: Tensor, support: Tensor,
 def rollout(policy: Llama, tokenizer: DDT, clips: sim.Clips, config: Config,
             generators: list[torch.Generator]) -> tuple[Rollouts, dict[str, Tensor]]:
     """
-    Samples G continuations per clip with a generator per clip, decodes and scores them -> rollouts,
-    and their scores {reward, velocity, mass}, (P, G) each.
+    Samples G continuations of each of P clips, which has a generator of its own, decodes and scores
+    them -> rollouts, and their scores {reward, velocity, mass}, (P, G) each.
     """
     P, G, K = len(clips), config.group, tokenizer.config.queries
     T = (FRAMES - CONDITION) * K
@@ -251,7 +251,7 @@ def rollout(policy: Llama, tokenizer: DDT, clips: sim.Clips, config: Config,
     clip_of = torch.arange(P, device=codes.device).repeat_interleave(G)         # (R,)
     scores = reward.reward(frames, clips[clip_of], config.horizon)
     scores = {name: x.unflatten(0, (P, G)) for name, x in scores.items()}
-    # of each predicted frame (P, G, F - 3): the reward of this frame and the 7 after it alone
+    # (P, G, F - 3): of each predicted frame, the reward of `horizon` frames, itself the first
     ahead = scores.pop("ahead")[:, :, CONDITION:]
     if config.whole_clip:
         advantage = advantages(scores["reward"])[:, :, None].expand_as(ahead)
@@ -269,7 +269,7 @@ def rollout(policy: Llama, tokenizer: DDT, clips: sim.Clips, config: Config,
 
 @torch.no_grad()
 def known_sequences(reference: Llama, codes: Tensor) -> KnownSequences:
-    """codes (B, F, K) of simulated clips, or number sequences."""
+    """codes (B, F, K) of simulated clips or number sequences -> ids, where the model is."""
     return KnownSequences(sft.sequence(reference, codes.to(reference.head.device)))
 
 
@@ -306,7 +306,7 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
         for step in run:
             # the clips of this step, all of one motion, and their rollouts
             motion = step % len(motions)
-            turn = step // len(motions)                     # of this motion, counted from 0
+            turn = step // len(motions)                     # steps of this motion before this one
             index = train.batch_indices(config.seed, turn, n_prompts, config.clips)
             index = world.shard(index)                                          # (P,)
             # a generator per prompt: samples do not depend on the number of ranks
@@ -359,7 +359,7 @@ def train_grpo(config: Config, tokenizer: DDT, reference: Llama, world: train.Wo
 
 def metrics(scores: dict[str, Tensor], outs: list[dict[str, Tensor]], n_prompts: int,
             n_rollouts: int, world: train.World) -> dict[str, Tensor]:
-    """Means over all ranks' rollouts, named as in TRL. zero_std: a std below REWARD_NOISE."""
+    """Means over all ranks, named as in TRL. zero_std: groups whose std is below REWARD_NOISE."""
     values = {name: torch.cat([out[name] for out in outs]) for name in outs[0]} | scores
     mean = {name: world.all_reduce(x.sum()) / n_rollouts for name, x in values.items()}
     std = scores["reward"].std(1)                                               # (P,) of each group

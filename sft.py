@@ -17,7 +17,7 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
    (`init_code_embeddings`); against forgetting, number sequences are mixed in (`replay`).
 6. Evaluation is by greedy decoding.
 
-    python sft.py                       # trains <out>/sft (and first what is missing before it)
+    python sft.py                       # trains <out>/sft (first vae, ddt, llm if they are missing)
     python sft.py --llm DIR             # from the weights of a Llama or Qwen2 (weights.py)
     python sft.py --llm none            # from random weights instead of <out>/llm (prior.py)
 
@@ -69,7 +69,7 @@ class Config:
     clips: int = 6000           # training clips per motion
     tokenizer: str = "ddt"      # ddt, or vqgan (experiments/vqgan.py)
     corrupt: float = 0.1        # share of the input codes that are replaced by random codes
-    near: int = 3               # a code that is not replaced becomes one of its so many nearest
+    near: int = 3               # a code not replaced becomes one of this many nearest, itself too
     replay: float = 1.0         # number sequences in a batch, per clip (with --llm none: 0)
     # model
     llm: str = "prior"          # start from: prior (prior.py), none (random weights) or DIR
@@ -97,8 +97,8 @@ class Config:
 
 # `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
 #
-# `small`, for one GPU of 80 GB: 1.05 TFLOP per step, 24 ms on an H200 by the rate of
-# prior.py: 2400 steps take 58 s, 17 epochs. The tokens of 18,000 clips take 31 s: 26 s at 22,000
+# `small`, for one GPU of 80 GB: 1.05 TFLOP per step, 24 ms on an H200 at the rate that prior.py
+# reached: 2400 steps, 17 epochs, take 58 s. The tokens of 18,000 clips take 31 s: 26 s at 22,000
 # frames per second, and 5 s of simulation.
 PRESETS = {
     "tiny": {},
@@ -131,8 +131,8 @@ def tokenize(tokenizer: DDT, clips: sim.Clips) -> Tensor:
 def decode(tokenizer: DDT, codes: Tensor,
            generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
     """
-    codes (B, F, K) -> frames (B, F, 3, H, W) in [0, 1], from the generator's noise. Of a list of B
-    generators, each draws for one clip: its frames do not depend on the other clips.
+    codes (B, F, K) -> frames (B, F, 3, H, W) in [0, 1], from the generator's noise. With a list of
+    one per clip (else ValueError), the frames of a clip do not depend on the other clips.
     """
     B, F, _ = codes.shape
     n = frames_per_call(tokenizer.quantizer.codebook.device)
@@ -143,7 +143,7 @@ def decode(tokenizer: DDT, codes: Tensor,
         calls = [(codes[i:i + b].flatten(0, 1), generator[i:i + b]) for i in range(0, B, b)]
     else:
         calls = [(x, generator) for x in codes.flatten(0, 1).split(n)]
-    frames = torch.cat([tokenizer.decode(x, generator=own) for x, own in calls])
+    frames = torch.cat([tokenizer.decode(x, generator=g) for x, g in calls])
     return frames.unflatten(0, (B, F))
 
 
@@ -151,8 +151,8 @@ def predictor(model: Llama, tokenizer: DDT, seed: int = 0, top_k: int = 1,
               top_p: float = 1.0) -> evaluate.Predictor:
     """
     A predictor for evaluate.py: first frames (B, 3, 3, H, W) -> clips (B, 32, 3, H, W). With
-    top_k = 1 (greedy decoding) the seed decides on the decoder's noise alone. What is drawn for a
-    clip, codes and noise, does not depend on the other clips of the batch.
+    top_k = 1 (greedy decoding) the seed decides on the decoder's noise alone. A clip's codes and
+    noise do not depend on the other clips of the batch. ValueError for other first frames.
     """
     @torch.no_grad()
     def predict(frames: Tensor) -> Tensor:
@@ -162,10 +162,8 @@ def predictor(model: Llama, tokenizer: DDT, seed: int = 0, top_k: int = 1,
         given = tokenizer.encode(frames.flatten(0, 1)).view(B, CONDITION, K)
         prompt = sequence(model, given)                                         # (B, 1 + 3 K)
         T = (FRAMES - CONDITION) * K
-        # greedy decoding ignores what is drawn: a generator per clip would only take time
-        draws = generators if top_k > 1 else torch.Generator(frames.device)
         codes, _ = generate(model, prompt, max_new_tokens=T, group=1, top_k=top_k, top_p=top_p,
-                            generator=draws)                                    # (B, 1, T)
+                            generator=generators)                               # (B, 1, T)
         predicted = decode(tokenizer, codes.view(B, -1, K), generators)         # (B, 29, 3, H, W)
         return torch.cat([frames, predicted], 1)
     return predict
@@ -176,7 +174,7 @@ def predictor(model: Llama, tokenizer: DDT, seed: int = 0, top_k: int = 1,
 
 def training_codes(config: Config, tokenizer: DDT, path: Path, world: train.World) -> np.ndarray:
     """Codes (clips, F, K) of the training clips, uint8, made once and kept in the file `path`."""
-    parts, n = {}, 0                            # row of its first clip -> clips simulated together
+    parts, n = {}, 0                    # row of the first clip -> initial states simulated together
     for motion in train.scenarios(config.scenario):
         clips = sim.first_frames(motion, "pretrain", config.clips, config.seed)
         for i in range(0, config.clips, sim.SCENES):
@@ -196,8 +194,8 @@ def training_codes(config: Config, tokenizer: DDT, path: Path, world: train.Worl
 
 def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     """
-    With --llm none a new model, in which near codes start alike; else that of --llm, its vocabulary
-    extended by V codes.
+    With --llm none a new model, in which near codes start alike; else that of --llm with V more
+    ids, the codes. UserError if it cannot be loaded or its context is shorter than a clip.
     """
     codebook, dtype = tokenizer.quantizer.codebook, getattr(torch, config.dtype)
     S, V = 1 + FRAMES * tokenizer.config.queries, len(codebook)
@@ -213,7 +211,7 @@ def starting_model(config: Config, tokenizer: DDT, world: train.World) -> Llama:
         raise UserError(f"--llm {folder}: {error}") from None
     context = model.config.max_position_embeddings
     check(S <= context, f"--llm {folder}: a clip has {S} tokens, this model's context {context}")
-    if not has_codes:                       # not those of a model that has read clips
+    if not has_codes:                       # else their rows are trained already
         world.print0(init_code_embeddings(model, folder))
     return model
 
@@ -227,7 +225,8 @@ def llm_folder(config) -> Path:
 def init_code_embeddings(model: Llama, folder: Path) -> str:
     """
     Code i starts as the number i: it gets the rows of its word in the embedding and in the head,
-    the mean of the rows where a number is spelled in several tokens. Returns what it did, in words.
+    the mean of the rows where a number is spelled in several tokens. Without a text tokenizer it
+    changes nothing. Returns a line that says what it did.
     """
     V, weights = model.config.n_visual, (model.model.embed_tokens.weight, model.head)
     try:
@@ -281,7 +280,7 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
     world.print0(f"SFT: {millions(model)} parameters, {config.steps} steps of {B} clips and "
                  f"{n_numbers} number sequences of {1 + FRAMES * K} tokens, {len(codes)} clips")
     loss_of = train.distribute(NextToken(model), world)
-    n = world.accumulation_steps(B + n_numbers, config.micro_batch)
+    n = world.accumulation_steps(B + n_numbers, config.micro_batch)             # micro-batches
 
     with train.Run(folder, model, config, world, sources=sources) as run:
         for step in run:
@@ -290,10 +289,10 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
             targets = targets.to(world.device).long()
             generator = train.generator(config.seed, step, device=world.device)
             inputs = corrupt_inputs(targets, near, config.corrupt, generator)   # (B, F, K)
-            # the clips are followed by number sequences, as many codes long
+            # the batch: B clips, then n_numbers number sequences of the same shape (F, K)
             numbers = number_sequences(n_numbers, K, FRAMES, generator, **corpus)
-            read = corrupt_inputs(numbers, near_number, config.corrupt, generator)
-            targets, inputs = torch.cat([targets, numbers]), torch.cat([inputs, read])
+            corrupted = corrupt_inputs(numbers, near_number, config.corrupt, generator)
+            targets, inputs = torch.cat([targets, numbers]), torch.cat([inputs, corrupted])
             targets = world.shard(sequence(model, targets))                     # (b, S)
             inputs = world.shard(sequence(model, inputs))                       # (b, S)
 
@@ -307,8 +306,8 @@ def train_sft(config: Config, tokenizer: DDT, world: train.World) -> Llama:
 
             # clip the gradient norm, AdamW, zero_grad; and the log, with the clips' own loss
             nats = torch.cat(outs)                                              # (b,)
-            of_clips = world.all_reduce(nats[world.shard(is_clip)].sum()) / B
-            run.step(nats.sum() / (B + n_numbers), loss_clips=of_clips)
+            loss_clips = world.all_reduce(nats[world.shard(is_clip)].sum()) / B
+            run.step(nats.sum() / (B + n_numbers), loss_clips=loss_clips)
 
     checkpoint.finish(folder, model.save, config, model, world, sources)
     return model.eval()
@@ -327,14 +326,14 @@ def load_tokenizer(config, world: train.World) -> DDT:
 
 
 def stages(config) -> tuple[str, ...]:
-    """The stages whose weights make the rows of the language model in the result table."""
+    """The stages on whose weights the SFT model's rows in the result table depend."""
     return ("vae", "ddt", "sft") if config.tokenizer == "ddt" else (config.tokenizer, "sft")
 
 
 def source_files(config) -> dict[str, Path]:
     """
-    Name -> weights that the SFT model of <out> was trained from, for check_provenance. The prior
-    is one of them if it was trained from <out>/llm, and is still there.
+    Name -> weights that the SFT model of <out> was trained from, for check_provenance: the
+    tokenizer's, and the prior's if training started from <out>/llm and that still exists.
     """
     flags = checkpoint.read_json(Path(config.out, "sft", "trained.json"))
     files = checkpoint.model_files(config.out, config.tokenizer, "llm")
@@ -344,7 +343,7 @@ def source_files(config) -> dict[str, Path]:
 
 
 def knows_numbers(config) -> bool:
-    """Whether the SFT model of <out> started from one that had read numbers."""
+    """Whether the SFT model of <out> started from the prior or a text model, not from nothing."""
     flags = checkpoint.read_json(Path(config.out, "sft", "trained.json"))
     return flags.get("llm", "") not in ("", "none")
 
@@ -388,7 +387,7 @@ def check_config(c: Config) -> None:
 
 
 def run_stage(config: Config, tokenizer: DDT, world: train.World) -> Llama:
-    """Loads the model that `config` describes, or trains it; then its row of the table."""
+    """Loads the model that `config` describes, or trains it; adds its row to the table."""
     check_config(config)
     folder = Path(config.out, "sft")
     if checkpoint.is_trained(folder, config, world):

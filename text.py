@@ -1,6 +1,6 @@
 """
 Text in and out of the language model: the tokenizers of Llama 2, Llama 3 and Qwen, and a command
-that continues a text. Of the training stages, only sft.py --llm looks up the words for numbers.
+that continues a text. Of the training stages, only sft.py --llm DIR looks up words for numbers.
 
     text -> added tokens are cut out -> normalizer -> pre-tokenizer (words) -> BPE -> ids
 

@@ -64,7 +64,7 @@ class Config:
     levels: int = 1000          # noise levels
     calls: int = 25             # calls of the model to sample a clip (DDIM steps)
     # optimization
-    steps: int = 1275           # optimizer steps: as many FLOPs as sft.py's 4000 steps of 16 clips
+    steps: int = 1275           # optimizer steps: 46 TFLOP (prior.py and sft.py: 25 and 27)
     batch: int = 8              # clips per step, over all ranks
     micro_batch: int = 0        # clips per backward pass and rank; 0: the whole shard at once
     lr: float = 1e-3            # peak learning rate

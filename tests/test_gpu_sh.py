@@ -130,7 +130,7 @@ def test_times_of_a_run(tmp_path):
 
 
 def test_small_is_one_model():
-    """sft.py's fields of the model say what prior.py makes, and every stage has small's motions."""
+    """sft.py's model has prior.py's size, from random weights too; it is of all motions."""
     import prior
     config = train.parse(sft.Config, sft.PRESETS, ["--preset", "small"])
     of_prior = prior.Config(**prior.PRESETS["small"])
