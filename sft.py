@@ -22,7 +22,7 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
     python sft.py --llm none            # from random weights instead of <out>/llm (prior.py)
 
 Expected at `tiny` on 2 CPU cores: 4 to 10 minutes, of them 1 for the tokens; loss 1.8 nats per
-token, of clips and numbers, drift_error 0.26 to 0.27 on iid clips.
+token, of clips and numbers, drift_error 0.26 to 0.29 on iid clips.
 
 Axes: B clips, F frames, K tokens of a frame, S sequence, V codes, D width.
 """

@@ -662,7 +662,7 @@ RL = {
     "groups": {"16 groups of 4": {"prompts": 16, "group": 4},
                "4 groups of 16": {"prompts": 4, "group": 16}},
     "KL": {"beta 0": {"beta": 0.0}, "beta 0.01": {"beta": 0.01}, "beta 0.04": {"beta": 0.04}},
-    "SFT": {"SFT of 1000 steps": {"sft_steps": 1000}, "SFT of 2000 steps": {"sft_steps": 2000}},
+    "SFT": {"SFT of 400 steps": {"sft_steps": 400}, "SFT of 800 steps": {"sft_steps": 800}},
 }
 CURVES = {  # file name -> key in log.jsonl, title of the axis
     "reward": ("reward", "reward of rollouts"),

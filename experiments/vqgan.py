@@ -16,7 +16,7 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
 3. One linear layer serves all cells: a ball looks the same in every one.
 
     python -m experiments.vqgan --steps 1500 --out runs/vqgan   # the tokenizer alone
-    python sft.py --tokenizer vqgan --out runs/vqgan            # a language model of its tokens
+    python sft.py --tokenizer vqgan --llm none --out runs/vqgan # a language model of its tokens
     python grpo.py --tokenizer vqgan --out runs/vqgan           # and RL
 
 Axes: B batch, C channels, H W pixels, K = cells of the grid, D width, V codes.

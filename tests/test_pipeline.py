@@ -385,7 +385,7 @@ def test_fresh_that_cannot_train_deletes_nothing(finished, tmp_path, capsys):
     llm = shutil.copytree(ROOT / "tests" / "fixtures" / "llama31", tmp_path / "llama")
     (llm / "generation_config.json").unlink()               # it names a bos_token_id, too
     config = json.loads((llm / "config.json").read_text())
-    config |= {"bos_token_id": None, "max_position_embeddings": 129}
+    config |= {"bos_token_id": None, "max_position_embeddings": 97}
     (llm / "config.json").write_text(json.dumps(config))
     before = content(tmp_path)
     for main, stage, flags, culprit in (
