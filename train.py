@@ -116,34 +116,41 @@ def field_help(Config) -> dict[str, tuple[str, str]]:
 
 def parse(Config, presets: dict[str, dict], argv: list[str] | None):
     """
-    Command line -> Config. Every field is a flag (`--lr 1e-3`; a bool is a switch). `--preset` sets
-    their defaults, which `--help` prints together with the fields' comments.
+    Command line -> Config. Every field is a flag (`--lr 1e-3`; a bool is a switch). `--preset` and
+    `--scenario` set their defaults, which `--help` prints together with the fields' comments.
 
     Raises SystemExit (code 2, one line) for an unknown flag or preset or a value of the wrong type,
     UserError for a number out of range.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?", default="tiny")
-    preset = first.parse_known_args(argv)[0].preset
-    defaults = Config(**presets.get(preset, {}))
+    first.add_argument("--scenario", nargs="?")
+    chosen = first.parse_known_args(argv)[0]
+    preset, defaults = chosen.preset, preset_fields(presets, chosen.preset, chosen.scenario)
 
-    parser = _parser(Config, defaults)
+    parser = _parser(Config, Config(**defaults))
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")       # -1e-3, too
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{field.name}" for field in dataclasses.fields(Config)]
         hint = _did_you_mean(unknown[0].split("=")[0], flags)
         parser.error(f"unknown argument {unknown[0]}{hint}")
-    if preset not in presets:
-        hint = _did_you_mean(str(preset), presets)
-        parser.error(f"unknown preset {preset!r}: choose one of {', '.join(presets)}{hint}")
+    names = [name for name in presets if " " not in name]
+    if preset not in names:
+        hint = _did_you_mean(str(preset), names)
+        parser.error(f"unknown preset {preset!r}: choose one of {', '.join(names)}{hint}")
 
     given = {name: value for name, value in vars(given).items() if value is not None}
-    config = Config(**presets[preset] | given)
+    config = Config(**defaults | given)
     config.out = config.out or f"runs/{config.preset}"
     for field in dataclasses.fields(Config):
         _check_number(field, getattr(config, field.name))
     return config
+
+
+def preset_fields(presets: dict[str, dict], preset: str, scenario: str | None) -> dict:
+    """The fields that a preset sets, and what its entry "<preset> <scenario>" changes in them."""
+    return presets.get(preset, {}) | presets.get(f"{preset} {scenario}", {})
 
 
 def _parser(Config, defaults) -> argparse.ArgumentParser:
@@ -194,7 +201,8 @@ def stage_config(name: str, Config, presets: dict[str, dict], config, **more):
           f"preset {config.preset}: train it with `{command} --out {config.out}`")
     fields = own & {"preset", "out", "seed", "scenario"}
     same = {field: getattr(config, field) for field in fields}
-    return Config(**presets[config.preset] | same | more)
+    scenario = getattr(config, "scenario", None)
+    return Config(**preset_fields(presets, config.preset, scenario) | same | more)
 
 
 def scenarios(name: str) -> list[str]:

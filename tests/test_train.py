@@ -22,6 +22,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import ddt
+import grpo
+import sft
 import train
 from checkpoint import UserError, checkpoints
 from train import World
@@ -179,6 +182,31 @@ def test_help_of_a_stage(name, preset, capsys):
             default, kind = getattr(defaults, field.name), field.type.__name__.upper()
             assert f"--{field.name} {kind} {comment}" in section
             assert default == "" or f"{comment} (default: {default})" in section
+
+
+@pytest.mark.parametrize("motion", ["parabola", "collision"])
+def test_defaults_of_a_motion(motion, capsys):
+    """`--scenario` changes defaults, --help tells them, flags and later stages go by them."""
+    def parse(stage, *argv):
+        return train.parse(stage.Config, stage.PRESETS, [*argv])
+
+    of_motion = "--scenario", motion
+    assert parse(sft).llm == "prior" and parse(sft, *of_motion).llm == "none"
+    assert parse(ddt).queries == 3 and parse(ddt, *of_motion).queries == 4
+    assert parse(ddt, *of_motion, "--queries", "5").queries == 5
+    assert parse(ddt, *of_motion, "--preset", "small") == parse(ddt, "--preset", "small",
+                                                                f"--scenario={motion}")
+    assert parse(ddt, *of_motion, "--preset", "small").queries == 6
+    assert "K (default: 4)" in help_of(lambda argv: parse(ddt, *argv), capsys, *of_motion)
+
+    later = parse(grpo, *of_motion, "--out", "x")
+    assert later.steps == 50
+    missing = train.stage_config("ddt", ddt.Config, ddt.PRESETS, later)
+    assert missing == parse(ddt, *of_motion, "--out", "x")
+
+    with pytest.raises(SystemExit):                         # no preset of that name
+        parse(ddt, "--preset", f"tiny {motion}")
+    assert motion not in capsys.readouterr().err.split("choose one of")[1]
 
 
 @pytest.mark.parametrize("preset, said", [("tiny", False), ("large", True)])
