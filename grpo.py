@@ -1,7 +1,7 @@
 """
 Stage 4, GRPO: reinforcement learning with a reward computed from the physics of the decoded frames.
-(Stages: 0 prior.py, a language model of numbers; 1 vae.py, images to latents; 2 ddt.py, frames to
-tokens and back; 3 sft.py, the language model of these tokens; 4 this file, the main job.)
+(Stages: 0 prior.py, a language model of numbers, for uniform motion; 1 vae.py, images to latents; 2
+ddt.py, frames to tokens and back; 3 sft.py, the language model of these tokens; 4 this file.)
 
     condition: the first 3 frames of a clip, as tokens
       -> the policy, a copy of the SFT model, samples a group of G continuations (lm.py)
@@ -22,14 +22,14 @@ Differences from textbook GRPO, and choices where the paper is silent (docs/RESU
 4. Old and new log-probabilities are of the distribution sampled from (top-k 50, top-p 0.95).
 5. Advantages divide by std + 0.1: 0.1 is the reward's std over decodings of the same codes.
 6. A token is judged by the reward of eight frames, its own the first (--whole_clip: of the clip).
-7. The KL is also taken on clips of SFT's range (beta_pretrain) and on number sequences of stage 0
-   (beta_numbers), which RL would forget otherwise.
+7. The KL is also taken on clips of SFT's range (beta_pretrain) and, if the model has read numbers,
+   on such sequences (beta_numbers): RL would forget both otherwise.
 
     torchrun grpo.py                    # from nothing: all stages, table, pictures
     python grpo.py --fresh --beta 0     # trains the policy again; any field of Config is a flag
     torchrun --nproc_per_node=8 grpo.py # 8 ranks; the global batch stays as it is
 
-Expected at `tiny` on 2 CPU cores: 19 to 35 minutes in all, of them 2 to 4 for GRPO.
+Expected at `tiny` on 2 CPU cores: 16 to 30 minutes in all, of them 2 to 4 for GRPO.
 
 Axes: B clips, F frames, K tokens of a frame, P prompts, G group (rollouts per prompt), R = P G
 rollouts, S = 1 + F K tokens of a clip, T = (F - 3) K sampled tokens, V codes, D width, H W pixels.
@@ -73,7 +73,7 @@ class Config:
     save_every: int = 5         # steps between two checkpoints
     compile: int = 1            # compile the blocks on a GPU; 0: no, which starts sooner
     # data
-    scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
+    scenario: str = "uniform"   # motion (sets defaults, too): uniform, parabola, collision, or all
     clips: int = 2000           # clips to draw conditions from, per motion
     tokenizer: str = "ddt"      # ddt, or vqgan (experiments/vqgan.py)
     # rollout
@@ -103,8 +103,8 @@ class Config:
     eval_clips: int = 256       # clips per split of the result table
 
 
-# What `tiny` does otherwise with a motion that is not uniform: docs/RESULTS.md, section 6.
-OTHER_MOTION = dict(beta_numbers=0.0, steps=50)
+# What `tiny` does otherwise where not all motion is uniform: docs/RESULTS.md, section 6.
+OTHER_MOTION = dict(steps=50)
 
 # `paper` is Table 3, on 8 GPUs: 3 or 4 prompts each. Its batch of 28 is taken as prompts. The paper
 # gives neither group nor beta: both are as in `tiny`.
@@ -115,6 +115,7 @@ PRESETS = {
     "tiny": {},
     "tiny parabola": OTHER_MOTION,
     "tiny collision": OTHER_MOTION,
+    "tiny all": OTHER_MOTION,
     "small": dict(scenario="all", prompts=32, micro_batch=128, steps=75, warmup=8, save_every=25,
                   eval_clips=128),
     "paper": dict(scenario="all", clips=30000, prompts=28, whole_clip=True, beta_pretrain=0.0,

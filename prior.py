@@ -2,8 +2,9 @@
 Stage 0, the prior: a small Llama is trained on sequences of numbers, before any clip.
 
 The paper starts from Llama-3.1-8B, whose training text is full of numbers. This model stands in for
-it; `number_sequences` is its whole corpus. SFT starts from it with --llm prior, the default at
-`tiny`: the rows of code i in the embedding and the head are copied from the word for the number i.
+it; `number_sequences` is its whole corpus. SFT starts from it with --llm prior, the default
+of `tiny` for uniform motion: the rows of code i in embedding and head are copied from the word for
+the number i.
 
 K series of numbers modulo 256 are interleaved, as the K tokens of every frame of a clip will be.
 Each is a hand on a clock with 256 places. The model learns to continue steady motion at any speed,
@@ -19,7 +20,7 @@ Choices (measured: docs/RESULTS.md)
 
     python prior.py                     # trains <out>/llm
 
-Expected at `tiny` on 2 CPU cores: 2 to 3 minutes.
+Expected at `tiny` on 2 CPU cores: 3 to 5 minutes.
 
 Axes: B sequences, F frames, K tokens of a frame (here: hands), S = 1 + F K, V codes, D width.
 """
@@ -99,7 +100,7 @@ PRESETS = {
     "small": dict(hands="4,6,6,8", length=192, hidden=256, ffn=768, layers=8, dtype="bfloat16",
                   steps=2400, batch=128, lr=1.5e-3, warmup=100, save_every=1200),
 }
-EXPECTED = {"tiny": "2 to 3 minutes on 2 CPU cores.",
+EXPECTED = {"tiny": "3 to 5 minutes on 2 CPU cores.",
             "small": "A minute on one H200."}
 # parameters of `number_sequences`, kept in numbers.json: SFT and GRPO mix in sequences like these
 CORPUS = ("still", "slowest", "fastest", "accelerate", "change", "follow", "warp", "noise")

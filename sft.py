@@ -17,12 +17,12 @@ Choices where the paper is silent (measured: docs/RESULTS.md)
    (`init_code_embeddings`); against forgetting, number sequences are mixed in (`replay`).
 6. Evaluation is by greedy decoding.
 
-    python sft.py                       # trains <out>/sft (first vae, ddt, llm if they are missing)
+    python sft.py                       # trains <out>/sft (first the stages before it, if missing)
     python sft.py --llm DIR             # from the weights of a Llama or Qwen2 (weights.py)
     python sft.py --llm none            # from random weights instead of <out>/llm (prior.py)
 
-Expected at `tiny` on 2 CPU cores: 4 to 10 minutes, of them 1 for the tokens; loss 1.8 nats per
-token, of clips and numbers, drift_error 0.26 to 0.29 on iid clips.
+Expected at `tiny` on 2 CPU cores: 4 to 10 minutes, of them 1 for the tokens; in uniform motion loss
+1.8 nats per token, of clips and numbers, and drift_error 0.25 to 0.29 on iid clips.
 
 Axes: B clips, F frames, K tokens of a frame, S sequence, V codes, D width.
 """
@@ -65,7 +65,7 @@ class Config:
     save_every: int = 100       # steps between two checkpoints
     compile: int = 1            # compile the tokenizer's blocks on a GPU, if it is missing; 0: no
     # data
-    scenario: str = "uniform"   # motion: uniform, parabola, collision, or all three
+    scenario: str = "uniform"   # motion (sets defaults, too): uniform, parabola, collision, or all
     clips: int = 6000           # training clips per motion
     tokenizer: str = "ddt"      # ddt, or vqgan (experiments/vqgan.py)
     corrupt: float = 0.1        # share of the input codes that are replaced by random codes
@@ -95,7 +95,7 @@ class Config:
     eval_clips: int = 256       # clips per split of the result table
 
 
-# What `tiny` does otherwise with a motion that is not uniform: docs/RESULTS.md, section 6.
+# What `tiny` does otherwise where not all motion is uniform: docs/RESULTS.md, section 6.
 OTHER_MOTION = dict(llm="none", steps=4000, lr=1.5e-3)
 
 # `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
@@ -107,6 +107,7 @@ PRESETS = {
     "tiny": {},
     "tiny parabola": OTHER_MOTION,
     "tiny collision": OTHER_MOTION,
+    "tiny all": OTHER_MOTION,
     "small": dict(llm="none", scenario="all", hidden=256, ffn=768, layers=8, dtype="bfloat16",
                   steps=2400, batch=128, lr=1.5e-3, warmup=100, save_every=1200, eval_clips=128),
     "paper": dict(llm="", scenario="all", clips=3_000_000, corrupt=0.0, near=1, replay=0.0,

@@ -193,8 +193,8 @@ def _check_number(field: dataclasses.Field, value) -> None:
 def stage_config(name: str, Config, presets: dict[str, dict], config, **more):
     """
     The Config with which a later stage (`config`) trains an earlier one, `name`, that is missing:
-    its defaults in the same preset, the same run folder, seed and (if it has any) motions, and the
-    fields `more`.
+    its defaults for the same preset and motion, the same run folder and seed, and the fields
+    `more`.
     """
     command, own = checkpoint.command(name), {field.name for field in dataclasses.fields(Config)}
     check(config.preset in presets, f"{Path(config.out, name)} is missing, and `{command}` has no "

@@ -184,7 +184,7 @@ def test_help_of_a_stage(name, preset, capsys):
             assert default == "" or f"{comment} (default: {default})" in section
 
 
-@pytest.mark.parametrize("motion", ["parabola", "collision"])
+@pytest.mark.parametrize("motion", ["parabola", "collision", "all"])
 def test_defaults_of_a_motion(motion, capsys):
     """`--scenario` changes defaults, --help tells them, flags and later stages go by them."""
     def parse(stage, *argv):
