@@ -206,7 +206,7 @@ def test_defaults_of_a_motion(motion, capsys):
 
     with pytest.raises(SystemExit):                         # no preset of that name
         parse(ddt, "--preset", f"tiny {motion}")
-    assert motion not in capsys.readouterr().err.split("choose one of")[1]
+    assert f"tiny {motion}" not in capsys.readouterr().err.split("choose one of")[1]
 
 
 @pytest.mark.parametrize("preset, said", [("tiny", False), ("large", True)])
