@@ -10,8 +10,8 @@ Has the prior not simply seen those speeds? So that everyone can judge, three ot
 that turn as fast as SFT's balls make them and no other way; of hands that turn faster than
 those, or stand still; of all speeds, but on two or four hands, never on three.
 
-    python -m experiments.ideal                             # three seeds
-    python -m experiments.ideal --seeds 0 --sft_steps 400   # one seed, a shorter SFT
+    python -m experiments.ideal                             # three seeds: 90 minutes, one core
+    python -m experiments.ideal --seeds 0 --sft_steps 1000  # one seed, a longer SFT
 
 Everything is kept in runs/ideal/<seed>: what is done is not done again.
 
@@ -64,11 +64,11 @@ class Config:
     seed: int = 0               # not used: see seeds
     # data
     clips: int = 6000           # training clips of SFT
-    eval_clips: int = 128       # clips per split of the table
+    eval_clips: int = 96        # clips per split of the table
     size: int = 32              # pixels per side of the painted frames
     # optimization
-    prior_steps: int = 1200     # optimizer steps of the prior
-    sft_steps: int = 1000       # optimizer steps of SFT
+    prior_steps: int = 900      # optimizer steps of the prior
+    sft_steps: int = 500        # optimizer steps of SFT
     grpo_steps: int = 30        # optimizer steps of GRPO
 
 
