@@ -131,9 +131,6 @@ class Config:
     eval_clips: int = 32        # clips per split of the reconstruction table
 
 
-# What `tiny` does otherwise where not all motion is uniform: docs/RESULTS.md, section 6.
-OTHER_MOTION = dict(queries=4, shift=8.0, steps=4000)
-
 # `paper` is Table 3 and appendix A.1. Where they contradict themselves: frames are 128 x 128, of
 # which a VAE that shrinks 8 times leaves 256 latent vectors at patch 1 (1024 are those of 256 x
 # 256); the encoder is 128 wide for the latent and 256 for the queries ("latent dimension 128", yet
@@ -144,9 +141,7 @@ OTHER_MOTION = dict(queries=4, shift=8.0, steps=4000)
 # quarter of the time: 2000 steps take 122 s, compiling 42 s.
 PRESETS = {
     "tiny": {},
-    "tiny parabola": OTHER_MOTION,
-    "tiny collision": OTHER_MOTION,
-    "tiny all": OTHER_MOTION,
+    "tiny other": dict(queries=4, shift=8.0, steps=4000),    # other motions (RESULTS, 6)
     "small": dict(scenario="all", clips=20000, frames=150_000, size=128, queries=6,
                   image_width=128, query_width=384, encoder_layers=4, width=384, layers=6, heads=6,
                   shift=8.0, steps=2000, batch=256, lr=8e-4, warmup=400, save_every=1000),

@@ -103,9 +103,6 @@ class Config:
     eval_clips: int = 256       # clips per split of the result table
 
 
-# What `tiny` does otherwise where not all motion is uniform: docs/RESULTS.md, section 6.
-OTHER_MOTION = dict(steps=50)
-
 # `paper` is Table 3, on 8 GPUs: 3 or 4 prompts each. Its batch of 28 is taken as prompts. The paper
 # gives neither group nor beta: both are as in `tiny`.
 #
@@ -113,9 +110,7 @@ OTHER_MOTION = dict(steps=50)
 # to sample the tokens, 0.5 s to decode 7424 frames): 75 steps, 25 of each motion, take 75 s.
 PRESETS = {
     "tiny": {},
-    "tiny parabola": OTHER_MOTION,
-    "tiny collision": OTHER_MOTION,
-    "tiny all": OTHER_MOTION,
+    "tiny other": dict(steps=50),    # other motions (RESULTS, 6)
     "small": dict(scenario="all", prompts=32, micro_batch=128, steps=75, warmup=8, save_every=25,
                   eval_clips=128),
     "paper": dict(scenario="all", clips=30000, prompts=28, whole_clip=True, beta_pretrain=0.0,

@@ -95,9 +95,6 @@ class Config:
     eval_clips: int = 256       # clips per split of the result table
 
 
-# What `tiny` does otherwise where not all motion is uniform: docs/RESULTS.md, section 6.
-OTHER_MOTION = dict(llm="none", steps=4000, lr=1.5e-3)
-
 # `paper` is Table 3, on 80 GPUs: 9 or 10 clips each. It needs --llm, the folder of Llama-3.1-8B.
 #
 # `small`, for one GPU of 80 GB: 1.05 TFLOP per step, 24 ms on an H200 at the rate that prior.py
@@ -105,9 +102,7 @@ OTHER_MOTION = dict(llm="none", steps=4000, lr=1.5e-3)
 # frames per second, and 5 s of simulation.
 PRESETS = {
     "tiny": {},
-    "tiny parabola": OTHER_MOTION,
-    "tiny collision": OTHER_MOTION,
-    "tiny all": OTHER_MOTION,
+    "tiny other": dict(llm="none", steps=4000, lr=1.5e-3),    # other motions (RESULTS, 6)
     "small": dict(llm="none", scenario="all", hidden=256, ffn=768, layers=8, dtype="bfloat16",
                   steps=2400, batch=128, lr=1.5e-3, warmup=100, save_every=1200, eval_clips=128),
     "paper": dict(llm="", scenario="all", clips=3_000_000, corrupt=0.0, near=1, replay=0.0,

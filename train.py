@@ -149,8 +149,9 @@ def parse(Config, presets: dict[str, dict], argv: list[str] | None):
 
 
 def preset_fields(presets: dict[str, dict], preset: str, scenario: str | None) -> dict:
-    """The fields that a preset sets, and what its entry "<preset> <scenario>" changes in them."""
-    return presets.get(preset, {}) | presets.get(f"{preset} {scenario}", {})
+    """The fields a preset sets, and those of "<preset> other" where not all motion is uniform."""
+    other = {} if scenario in (None, "uniform") else presets.get(f"{preset} other", {})
+    return presets.get(preset, {}) | other
 
 
 def _parser(Config, defaults) -> argparse.ArgumentParser:

@@ -264,8 +264,8 @@ def meta_tokenizer(name: str, preset: str, scenario: str) -> nn.Module:
     """--tokenizer: the DDT or VQGAN that a preset describes, for the motion --scenario."""
     check(name in ("ddt", "vqgan"), f"--tokenizer {name}: choose ddt or vqgan")
     if name == "ddt":
-        return meta_ddt(ddt.Config(**{"preset": preset} | ddt.PRESETS[preset]
-                                   | {"scenario": scenario}))
+        fields = train.preset_fields(ddt.PRESETS, preset, scenario)
+        return meta_ddt(ddt.Config(**fields | {"preset": preset, "scenario": scenario}))
     check(preset in vqgan.PRESETS, f"--tokenizer vqgan: it has no preset {preset}")
     with torch.device("meta"):
         return vqgan.VQGAN(vqgan.Config(**vqgan.PRESETS[preset]))
@@ -346,13 +346,12 @@ def plan_grpo(config: grpo.Config, ranks: int) -> Plan:
     grpo.py, with the model of <out>/sft (as long as there is none: of sft.py's preset) and the
     tokenizer of the preset.
     """
-    preset = config.preset
-    base = sft.Config(**{"preset": preset} | sft.PRESETS[preset])
+    base = train.stage_config("sft", sft.Config, sft.PRESETS, config)
     folder = Path(config.out, "sft")
     if (folder / "model.safetensors").exists():
         base.llm = str(folder)
         base.dtype = checkpoint.read_json(folder / "trained.json").get("dtype", base.dtype)
-    tokenizer = meta_tokenizer(config.tokenizer, preset, config.scenario)
+    tokenizer = meta_tokenizer(config.tokenizer, config.preset, config.scenario)
     c = llama_config(base, 1 + FRAMES * tokenizer.config.queries)
     return plan_for(config, ranks, c, getattr(torch, base.dtype), tokenizer)
 

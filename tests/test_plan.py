@@ -97,6 +97,23 @@ def test_flops_of_grpo_by_hand(betas, checkpointing):
     assert planned.flops == pytest.approx(passes * clip)
 
 
+def test_grpo_is_planned_for_the_defaults_of_its_motion(tmp_path):
+    """Missing models are those that it would train first: here of another number of tokens."""
+    of = {motion: grpo.Config(out=str(tmp_path), scenario=motion)
+          for motion in ("uniform", "parabola")}
+    planned = {motion: plan_grpo(config, 1) for motion, config in of.items()}
+    for motion, config in of.items():
+        tokenizer = train.stage_config("ddt", ddt.Config, ddt.PRESETS, config)
+        model = train.stage_config("sft", sft.Config, sft.PRESETS, config)
+        K = plan.meta_tokenizer("ddt", "tiny", motion).config.queries
+        assert K == tokenizer.queries
+        c = plan.llama_config(model, 1 + 32 * K)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in Llama(c).parameters())
+        assert planned[motion].fixed["parameters"] == 4 * size
+    assert planned["parabola"].flops > planned["uniform"].flops
+
+
 def test_grpo_is_planned_for_the_model_there_is(tmp_path):
     """`sft.py --llm` trains another than the preset's."""
     config = grpo.Config(out=str(tmp_path))
