@@ -44,8 +44,8 @@ Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
     python ddt.py --vae DIR             # on a VAE in diffusers' layout
 
 Expected at `tiny` on 2 CPU cores: 4 to 10 minutes; median centre error of a reconstructed ball 0.02
-to 0.05 world units (a frame is 10 wide), all 256 codes in use. The error at t = 1 (mse_noise) ends
-at 0.004 to 0.007. Above 0.01 the language model is worse: take another --seed.
+to 0.05 world units (a frame is 10 wide), all 256 codes in use. In uniform motion the error at
+t = 1 (mse_noise) ends at 0.004 to 0.007; the runs that ended above 0.01 had worse language models.
 
 Axes: B batch (b this rank's shard), F frames, C channels, H W pixels, h w cells of the latent, L
 patches, K tokens of a frame, D width of a stream, d of a head, V codes, dim of a code, n any rows.
