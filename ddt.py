@@ -17,6 +17,10 @@ Training in time:
                 about 1, the variance of the latents. Vectors are not quantized.
     error < 0.5 The plateau has ended, tokens carry information: token noise (Gaussian noise on the
                 vectors) and the crowding loss begin.
+    step 600    Training restarts with other weights if the error at t = 1 is above 0.37. By then it
+                is larger where the tokens mix position, height and radius, which few trainings
+                separate later. (`tiny`, uniform motion. With other flags, look at the error:
+                --restart_above.)
     40 %        The codebook is filled, quantization begins, token noise ends; crowding stays.
     the end     The codes are numbered along a short closed path through them.
 
@@ -123,6 +127,8 @@ class Config:
     micro_batch: int = 0        # frames per backward pass and rank; 0: the whole shard at once
     lr: float = 1.5e-3          # peak learning rate
     warmup: int = 800           # steps of linear warm-up; a long one shortens the plateau
+    restart_at: int = 0         # step at which training restarts if it does badly; 0: never
+    restart_above: float = 0.37     # error at t = 1 above which it does
     beta1: float = 0.9          # AdamW: decay of the mean of gradients
     beta2: float = 0.99         # AdamW: decay of the mean of their squares
     eps: float = 1e-8           # AdamW: added to the root of the mean square
@@ -141,8 +147,8 @@ class Config:
 # `small`, for one GPU of 80 GB: 1.38 TFLOP per step, which took 61 ms on an H200 that was busy a
 # quarter of the time: 2000 steps take 122 s, compiling 42 s.
 PRESETS = {
-    "tiny": {},
-    "tiny other": dict(queries=4, shift=8.0, steps=4000),    # other motions (RESULTS, 6)
+    "tiny": dict(restart_at=600),
+    "tiny other": dict(queries=4, shift=8.0, restart_at=0, steps=4000),  # RESULTS, 6
     "small": dict(scenario="all", clips=20000, frames=150_000, size=128, queries=6,
                   image_width=128, query_width=384, encoder_layers=4, width=384, layers=6, heads=6,
                   shift=8.0, steps=2000, batch=256, lr=8e-4, warmup=400, save_every=1000),
@@ -155,6 +161,7 @@ EXPECTED = {"tiny": "4 to 10 minutes on 2 CPU cores.",
             "small": "3 minutes on one H200.", "paper": "Not run yet."}
 
 MODEL = "model.safetensors"     # the weights, in a model's folder
+MAX_RESTARTS = 9                # after so many, training goes on in any case
 
 # ------------------------------------------------------------------ quantizer
 
@@ -801,26 +808,65 @@ class Latents:
 
 
 def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
-    """Trains encoder, quantizer and decoder together and saves the tokenizer in <out>/ddt."""
-    torch.manual_seed(config.seed)
+    """
+    Trains encoder, quantizer and decoder together and saves the tokenizer in <out>/ddt. Restarts
+    with other weights as long as the error at t = 1 is too large at step config.restart_at.
+    """
     try:
-        tokenizer = DDT(config, vae).to(world.device)
+        tokenizer = new_tokenizer(config, vae).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None
     folder, weights = Path(config.out, "ddt"), vae_stage.weights_of(config.out)
     sources = checkpoint.start_stage(folder, config, world, vae=weights)
 
-    B, data = config.batch, Latents(tokenizer, config, world)
+    data = Latents(tokenizer, config, world)
     world.print0(f"DDT: {millions(tokenizer.encoder)} parameters encoder, "
-                 f"{millions(tokenizer.decoder)} decoder, {config.steps} steps of {B} frames")
+                 f"{millions(tokenizer.decoder)} decoder, {config.steps} steps of {config.batch} "
+                 "frames")
     tokenizer.encoder.block = world.compile(QFormer.block)
     tokenizer.decoder.block = world.compile(MMDiT.block)
+    # how often training has restarted: in checkpoints and log, not in the finished model
+    tokenizer.register_buffer("restarts", torch.zeros((), dtype=torch.int64, device=world.device))
     model = train.distribute(tokenizer, world)              # the tokenizer, or DDP around it
-    n = world.accumulation_steps(B, config.micro_batch)
 
+    restarted = False
+    while not train_once(model, tokenizer, data, config, world, sources, restarted):
+        restarted, count = True, tokenizer.restarts + 1
+        world.print0(f"step {config.restart_at}: the error at pure noise is "
+                     f"{tokenizer.mse_noise:.2f}, above {config.restart_above}. Training restarts "
+                     f"with other weights, {count} of at most {MAX_RESTARTS} times "
+                     "(--restart_at 0 turns this off)")
+        new = new_tokenizer(config, vae, int(count)).state_dict()
+        tokenizer.load_state_dict(new | {"restarts": count})
+    del tokenizer.restarts
+
+    tokenizer.quantizer.number()
+    checkpoint.finish(folder, tokenizer.save, config, tokenizer, world, sources)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def new_tokenizer(config: Config, vae: VAE, restarts: int = 0) -> DDT:
+    """An untrained tokenizer, a function of the seed and of how often training has restarted."""
+    seed = config.seed
+    if restarts:
+        seed = train.generator(config.seed, 0, restarts).initial_seed()
+    torch.manual_seed(seed)
+    return DDT(config, vae)
+
+
+def train_once(model: nn.Module, tokenizer: DDT, data: Latents, config: Config, world: train.World,
+               sources: dict[str, str], restarted: bool) -> bool:
+    """
+    Trains `tokenizer` (model: it, or DDP around it). False if it stopped at step config.restart_at
+    because the error at t = 1 was too large.
+    """
+    B, n = config.batch, world.accumulation_steps(config.batch, config.micro_batch)
     shown = ("mse", "mse_noise", "codes_used")              # in the progress bar
-    with train.Run(folder, tokenizer, config, world, shown, sources) as run:
+    folder = Path(config.out, "ddt")
+    with train.Run(folder, tokenizer, config, world, shown, sources, restarted) as run:
         for step in run:
+            if step == config.restart_at and should_restart(tokenizer):
+                return False
             model.train()
             batch = world.shard(train.batch_indices(config.seed, step, B, len(data)))
             latent = data[batch]                                                # (b, C, h, w)
@@ -849,11 +895,15 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
                 update_mse_noise(tokenizer, out["mse"][u == 1], world)
             run.log(mse=world.all_reduce(out["mse"].sum()) / B, mse_noise=tokenizer.mse_noise,
                     commitment=world.all_reduce(out["commitment"].sum()) / B,
-                    **tokenizer.quantizer.usage(codes))
+                    restarts=tokenizer.restarts, **tokenizer.quantizer.usage(codes))
+    return True
 
-    tokenizer.quantizer.number()
-    checkpoint.finish(folder, tokenizer.save, config, tokenizer, world, sources)
-    return tokenizer.eval().requires_grad_(False)
+
+def should_restart(tokenizer: DDT) -> bool:
+    """Whether training does badly at step config.restart_at, and may still restart."""
+    c, q = tokenizer.config, tokenizer.quantizer
+    bad = c.restart_at and tokenizer.mse_noise > c.restart_above and not q.active
+    return bool(bad and tokenizer.restarts < MAX_RESTARTS)
 
 
 def draw_noise(tokenizer: DDT, shape: tuple, step: int, world: train.World) -> list[Tensor]:
@@ -982,12 +1032,15 @@ def check_config(c: Config) -> None:
     check(c.code_dim >= 3, f"--code_dim {c.code_dim}: at least 3, since LayerNorm takes two "
           "dimensions away")
     check(c.shift > 0, f"--shift {c.shift}: must be above 0; 1 leaves time as it is")
+    check(c.pure_noise > 0 or not c.restart_at, "--pure_noise 0 leaves the error at t = 1 unknown: "
+          "add --restart_at 0")
     check(c.quantize_at < 1, f"--quantize_at {c.quantize_at}: a share of the steps, below 1")
     check_ranges(c, size=sim.SIZES, queries=(1, 256), code_dim=(3, 256), patch=(1, 64))
     check_ranges(c, image_width=(4, 8192), query_width=(1, 8192), encoder_layers=(1, 256),
                  width=(4, 8192), layers=(1, 256), heads=(1, 256), batch=(1, 65536))
     check_ranges(c, shift=(0.01, 1000), pure_noise=(0, 1), commitment=(0, 100),
-                 token_noise=(0, 100), spread=(0, 100), noise_below=(0, 100))
+                 token_noise=(0, 100), spread=(0, 100), noise_below=(0, 100),
+                 restart_above=(0, 100))
     check(c.query_width % c.heads == 0, f"--query_width {c.query_width}: must be a multiple of "
           f"--heads {c.heads}")
     check(c.width % (4 * c.heads) == 0, f"--width {c.width}: must be a multiple of 4 times --heads "

@@ -651,10 +651,13 @@ class Run:
     checkpoints of an older training stay until the first step is done.
 
     sources: the checksums that checkpoint.start_stage returns, kept in the checkpoints.
+    restarted: the run before this one was given up. It begins at step 0, and the checkpoints that
+    are there stay until the first of its own.
     """
 
     def __init__(self, folder: Path, model: nn.Module, config, world: World,
-                 show: tuple[str, ...] = ("loss",), sources: dict[str, str] | None = None):
+                 show: tuple[str, ...] = ("loss",), sources: dict[str, str] | None = None,
+                 restarted: bool = False):
         self.folder, self.model, self.config, self.world = folder, model, config, world
         self.show, self.sources = show, sources
         preset = getattr(config, "preset", "tiny")
@@ -662,7 +665,10 @@ class Run:
             world.print0(f"--preset {preset} is meant for a GPU: on this CPU it takes very long")
         self.optimizer = AdamW(model, (config.beta1, config.beta2), config.eps,
                                config.weight_decay, world.rank, world.size)
-        self.first = checkpoint.resume(folder, model, self.optimizer, config, world)
+        self.restarted = restarted
+        self.first = 0
+        if not restarted:
+            self.first = checkpoint.resume(folder, model, self.optimizer, config, world)
         self.current = self.first           # the step in progress
         self.line = {}                      # its line in the log
         self.skipped = 0                    # steps in a row, up to now, that were not finite
@@ -764,6 +770,9 @@ class Run:
         return self
 
     def _save(self, step: int) -> None:
+        if self.restarted and self.world.is_main:
+            checkpoint.forget_checkpoints(self.folder)      # those of the run given up
+        self.restarted = False
         checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, step, self.config,
                                    self.world, self.sources)
 
@@ -812,7 +821,7 @@ class Run:
         with checkpoint.replacing(path) as part:
             part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self.file = open(path, "a", encoding="utf-8")
-        if self.config.fresh:
+        if self.config.fresh and not self.restarted:
             checkpoint.forget_checkpoints(self.folder)
 
     def _write_line(self) -> None:

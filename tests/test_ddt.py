@@ -7,6 +7,7 @@ files, --fresh.
 Takes 10 seconds on one CPU core.
 """
 import copy
+import itertools
 import json
 import math
 import os
@@ -861,6 +862,135 @@ def test_a_size_that_does_not_divide(tmp_path):
     assert not list(tmp_path.rglob("model.safetensors"))
 
 
+# ------------------------------------------------------------------ restarts
+
+
+def ten_steps(folder, **other) -> tuple[dict, list[dict]]:
+    """Trains a tokenizer in `folder` -> its weights, and the log without its times."""
+    world = train.World(0, 1, torch.device("cpu"))
+    fields = dict(steps=10, batch=4, clips=4, frames=100, save_every=1, quantize_at=0.5, warmup=1)
+    c = config(out=str(folder), **fields | other)
+    if not (folder / "vae").exists():
+        small_vae().save(folder / "vae")
+    model = ddt.train_ddt(c, VAE.load(folder / "vae"), world)
+    lines = (folder / "ddt" / "log.jsonl").read_text().splitlines()
+    log = [{k: v for k, v in json.loads(line).items() if k != "step_time"} for line in lines]
+    return model.state_dict(), log
+
+
+def same(a, b) -> bool:
+    """Whether two answers of ten_steps are equal, but for the number of restarts in the log."""
+    logs = [[{k: v for k, v in line.items() if k != "restarts"} for line in log]
+            for _, log in (a, b)]
+    equal = all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+    return a[0].keys() == b[0].keys() and equal and logs[0] == logs[1]
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list:
+    """Has a new element after every step of training."""
+    done, step = [], train.Run.step
+    monkeypatch.setattr(train.Run, "step", lambda *args: done.append(1) or step(*args))
+    return done
+
+
+def restarted(monkeypatch, folder, restarts: int):
+    """What ten_steps gives if the first weights are those after so many restarts."""
+    new = ddt.new_tokenizer
+    with monkeypatch.context() as patch:
+        patch.setattr(ddt, "new_tokenizer", lambda c, autoencoder: new(c, autoencoder, restarts))
+        return ten_steps(folder)
+
+
+def test_good_weights_are_trained_to_the_end(tmp_path, steps):
+    trained = ten_steps(tmp_path / "a", restart_at=4, restart_above=100.0)
+    assert len(steps) == 10 and same(trained, ten_steps(tmp_path / "b"))
+    assert trained[1][-1]["restarts"] == 0
+
+
+def test_restarts_until_the_error_is_small(tmp_path, monkeypatch, capsys, steps):
+    """The training that goes on is that of its weights alone; step and error are as configured."""
+    candidates = [restarted(monkeypatch, tmp_path / str(i), i) for i in range(4)]
+    errors = [log[3]["mse_noise"] for _, log in candidates]                 # after four steps
+    best = min(range(4), key=errors.__getitem__)
+    assert best > 0, "of no use: the first weights are the best"
+    threshold = sum(sorted(errors)[:2]) / 2
+    steps.clear()
+    capsys.readouterr()
+    trained = ten_steps(tmp_path / "a", restart_at=4, restart_above=threshold)
+    assert len(steps) == 4 * best + 10 and same(trained, candidates[best])
+    assert [line["restarts"] for line in trained[1]] == [best] * 10
+    printed = capsys.readouterr().out
+    assert printed.count("Training restarts") == best
+    assert f"step 4: the error at pure noise is {errors[0]:.2f}" in printed
+
+
+def test_the_last_restart_goes_on(tmp_path, monkeypatch, steps):
+    monkeypatch.setattr(ddt, "MAX_RESTARTS", 2)
+    trained = ten_steps(tmp_path / "a", restart_at=4, restart_above=0.0)
+    assert len(steps) == 18 and trained[1][-1]["restarts"] == 2
+    assert same(trained, restarted(monkeypatch, tmp_path / "b", 2))
+    loaded = DDT.load(tmp_path / "a" / "ddt").state_dict()
+    assert loaded.keys() == trained[0].keys()
+    assert all(torch.equal(loaded[name], x) for name, x in trained[0].items())
+
+
+def test_no_restart_once_it_quantizes(tmp_path, steps):
+    ten_steps(tmp_path, restart_at=4, restart_above=0.0, quantize_at=0.3)
+    assert len(steps) == 10
+
+
+def test_restart_with_micro_batches(tmp_path, monkeypatch, steps):
+    monkeypatch.setattr(ddt, "MAX_RESTARTS", 1)
+    _, log = ten_steps(tmp_path / "a", restart_at=4, restart_above=0.0, micro_batch=3)
+    _, expected = ten_steps(tmp_path / "b", restart_at=4, restart_above=0.0)
+    assert len(steps) == 28
+    for line, other in zip(log[:5], expected[:5]):          # before it quantizes
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def test_weights_are_a_function_of_seed_and_restarts():
+    def queries(seed, restarts):
+        return ddt.new_tokenizer(config(seed=seed), small_vae(), restarts).encoder.queries
+
+    drawn = [queries(seed, restarts) for seed in (0, 1) for restarts in range(3)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+    assert torch.equal(queries(1, 2), drawn[-1])
+
+
+@pytest.mark.parametrize("save_every", [1, 3])
+@pytest.mark.parametrize("at", [1, 5, 8, 9, 15])
+def test_killed_before_and_after_restarts(tmp_path, monkeypatch, steps, at, save_every):
+    """
+    Killed in the `at`-th step of 4 + 4 + 10, while an older model is there: the same end, and only
+    the steps after the last checkpoint are done again.
+    """
+    monkeypatch.setattr(ddt, "MAX_RESTARTS", 2)
+    bad = dict(restart_at=4, restart_above=0.0, save_every=save_every)
+    expected = ten_steps(tmp_path / "a", **bad)
+    ten_steps(tmp_path / "b", seed=1)                       # the older model
+
+    count, killed = train.Run.step, []
+
+    def kill(self, loss):
+        killed.append(1)
+        if len(killed) == at:
+            raise ZeroDivisionError
+        return count(self, loss)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train.Run, "step", kill)
+        ten_steps(tmp_path / "b", fresh=True, **bad)
+    if at > 1:
+        assert save_every > 1 or not checkpoint.has_model(tmp_path / "b" / "ddt")
+    steps.clear()
+    again = ten_steps(tmp_path / "b", **bad)
+    assert again[0].keys() == expected[0].keys() and again[1] == expected[1]
+    assert all(torch.equal(again[0][name], x) for name, x in expected[0].items())
+    if save_every == 1:
+        assert len(steps) == 18 - (at - 1)
+
+
 # ------------------------------------------------------------------ files
 
 
@@ -965,7 +1095,9 @@ def test_weights_that_are_not_finite(tokenizer, tmp_path):
     (["--width", "1048576"], "--width"), (["--shift", "1e9"], "--shift"),
     (["--pure_noise", "1.5"], "--pure_noise 1.5: must be from 0 to 1"),
     (["--token_noise", "1e9"], "--token_noise"), (["--commitment", "1e9"], "--commitment"),
-    (["--spread", "1e9"], "--spread"), (["--noise_below", "1e9"], "--noise_below")])
+    (["--spread", "1e9"], "--spread"), (["--noise_below", "1e9"], "--noise_below"),
+    (["--restart_above", "1e9"], "--restart_above"),
+    (["--pure_noise", "0"], "--pure_noise 0")])
 def test_bad_flags(argv, culprit, tmp_path):
     with pytest.raises(UserError, match=culprit):
         ddt.main([*argv, "--out", str(tmp_path)])
