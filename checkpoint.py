@@ -263,7 +263,9 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config
                         "config": settings(config), "sources": sources or {}, "files": sums}
             manifest["checksum"] = _checksum_of(manifest)
             write_json(path / "manifest.json", manifest)
-            for old in checkpoints(folder)[:-2]:
+            saved = checkpoints(folder)
+            now = saved.index(path)         # later ones are of a run that was given up, or damaged
+            for old in saved[:max(now - 1, 0)] + saved[now + 1:]:
                 _remove(old)
         except (OSError, UserError) as problem:
             _remove(path)

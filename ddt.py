@@ -17,10 +17,9 @@ Training in time:
                 about 1, the variance of the latents. Vectors are not quantized.
     error < 0.5 The plateau has ended, tokens carry information: token noise (Gaussian noise on the
                 vectors) and the crowding loss begin.
-    step 600    Training restarts with other weights if the error at t = 1 is above 0.37. By then it
-                is larger where the tokens mix position, height and radius, which few trainings
-                separate later. (`tiny`, uniform motion. With other flags, look at the error:
-                --restart_above.)
+    step 600    Training restarts with other weights if the error at t = 1 is above 0.37: it usually
+                is where tokens mix x, height and radius. (`tiny`, uniform motion only. 0.37 was
+                chosen for these flags; with others set --restart_above, or --restart_at 0.)
     40 %        The codebook is filled, quantization begins, token noise ends; crowding stays.
     the end     The codes are numbered along a short closed path through them.
 
@@ -49,7 +48,7 @@ Differences from the paper, and choices where it is silent (docs/RESULTS.md, 8)
 
 Expected at `tiny` on 2 CPU cores: 4 to 10 minutes; median centre error of a reconstructed ball 0.02
 to 0.05 world units (a frame is 10 wide), all 256 codes in use. In uniform motion the error at
-t = 1 (mse_noise) ends at 0.004 to 0.007; the runs that ended above 0.01 had worse language models.
+t = 1 (mse_noise) ends at 0.004 to 0.007; where the tokens were mixed it ended at 0.05.
 
 Axes: B batch (b this rank's shard), F frames, C channels, H W pixels, h w cells of the latent, L
 patches, K tokens of a frame, D width of a stream, d of a head, V codes, dim of a code, n any rows.
@@ -127,8 +126,8 @@ class Config:
     micro_batch: int = 0        # frames per backward pass and rank; 0: the whole shard at once
     lr: float = 1.5e-3          # peak learning rate
     warmup: int = 800           # steps of linear warm-up; a long one shortens the plateau
-    restart_at: int = 0         # step at which training restarts if it does badly; 0: never
-    restart_above: float = 0.37     # error at t = 1 above which it does
+    restart_at: int = 0         # step at which training restarts if the error is large; 0: never
+    restart_above: float = 0.37     # error at t = 1 that is too large at step restart_at
     beta1: float = 0.9          # AdamW: decay of the mean of gradients
     beta2: float = 0.99         # AdamW: decay of the mean of their squares
     eps: float = 1e-8           # AdamW: added to the root of the mean square
@@ -162,7 +161,7 @@ EXPECTED = {"tiny": "4 to 10 minutes on 2 CPU cores.",
             "small": "3 minutes on one H200.", "paper": "Not run yet."}
 
 MODEL = "model.safetensors"     # the weights, in a model's folder
-MAX_RESTARTS = 9                # after so many, training goes on in any case
+MAX_RESTARTS = 9                # after so many, training goes on whatever the error
 
 # ------------------------------------------------------------------ quantizer
 
@@ -811,7 +810,8 @@ class Latents:
 def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
     """
     Trains encoder, quantizer and decoder together and saves the tokenizer in <out>/ddt. Restarts
-    with other weights as long as the error at t = 1 is too large at step config.restart_at.
+    with other weights, MAX_RESTARTS times at most, if the error at t = 1 is too large at step
+    config.restart_at and vectors are not quantized yet.
     """
     try:
         tokenizer = new_tokenizer(config, vae).to(world.device)
@@ -835,7 +835,7 @@ def train_ddt(config: Config, vae: VAE, world: train.World) -> DDT:
         restarted, count = True, tokenizer.restarts + 1
         world.print0(f"step {config.restart_at}: the error at pure noise is "
                      f"{tokenizer.mse_noise:.2f}, above {config.restart_above}. Training restarts "
-                     f"with other weights, {count} of at most {MAX_RESTARTS} times "
+                     f"with other weights: restart {count} of at most {MAX_RESTARTS} "
                      "(--restart_at 0 turns this off)")
         new = new_tokenizer(config, vae, int(count)).state_dict()
         tokenizer.load_state_dict(new | {"restarts": count})
@@ -901,7 +901,7 @@ def train_once(model: nn.Module, tokenizer: DDT, data: Latents, config: Config, 
 
 
 def should_restart(tokenizer: DDT) -> bool:
-    """Whether training does badly at step config.restart_at, and may still restart."""
+    """Whether the error at t = 1 is too large at step config.restart_at; not the tenth time."""
     c, q = tokenizer.config, tokenizer.quantizer
     bad = c.restart_at and tokenizer.mse_noise > c.restart_above and not q.active
     return bool(bad and tokenizer.restarts < MAX_RESTARTS)

@@ -651,8 +651,8 @@ class Run:
     checkpoints of an older training stay until the first step is done.
 
     sources: the checksums that checkpoint.start_stage returns, kept in the checkpoints.
-    restarted: the run before this one was given up. It begins at step 0, and the checkpoints that
-    are there stay until the first of its own.
+    restarted: the run before this one was given up. It begins at step 0, with an empty log; the
+    checkpoints of the other stay until the first of its own is saved.
     """
 
     def __init__(self, folder: Path, model: nn.Module, config, world: World,
@@ -770,9 +770,6 @@ class Run:
         return self
 
     def _save(self, step: int) -> None:
-        if self.restarted and self.world.is_main:
-            checkpoint.forget_checkpoints(self.folder)      # those of the run given up
-        self.restarted = False
         checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, step, self.config,
                                    self.world, self.sources)
 

@@ -513,7 +513,8 @@ def what_tokens_encode(model: DDT | VQGAN, scenario: str, kind: str, config: Con
 
 # ------------------------------------------------------------------ ablation of the tokenizer
 
-BASE = ddt.Config(steps=2000)   # every row takes as many steps as make the same number of FLOPs
+# none restarts; every row takes as many steps as make the same number of FLOPs
+BASE = ddt.Config(steps=2000)
 SEEDS = (0, 1, 2)
 ABLATION = {                    # row -> fields that differ from BASE; "vae": its own VAE's Config
     "as it is": {},

@@ -5,8 +5,9 @@ Where the time of a run went, by its files: seconds of every stage, and how fast
 
 `seconds` is the time from the end of the stage before to the end of this one, `in steps` the sum of
 its steps' times (log.jsonl), and `ms` their median. The rest is loading, compiling, encoding,
-measuring the table's rows and saving. FLOPs are those of experiments/plan.py: of GRPO, the language
-model's alone. Of a run in one go: a stage that was trained on another day counts as a long one.
+measuring the table's rows, saving, and steps before a restart (ddt.py). FLOPs are those of
+experiments/plan.py: of GRPO, the language model's alone. Of a run in one go: a stage that was
+trained on another day counts as a long one.
 """
 import argparse
 import dataclasses
