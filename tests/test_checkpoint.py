@@ -465,6 +465,20 @@ def test_what_is_not_finite_is_not_saved(stopped, capsys):
     assert content(stopped) == before
 
 
+def test_a_run_that_begins_again_replaces_later_checkpoints(stopped, monkeypatch):
+    """One of step 2 replaces those of the steps 3 and 6, but not before it is whole."""
+    model = mlp()
+    optimizer = train.AdamW(model)
+    before = names(stopped)
+    assert before == ["checkpoint-00000003", "checkpoint-00000006"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", lambda *args: (_ for _ in ()).throw(OSError()))
+        checkpoint.save_checkpoint(stopped, model, optimizer, 1, Config(), ALONE)
+    assert names(stopped) == before
+    checkpoint.save_checkpoint(stopped, model, optimizer, 1, Config(), ALONE)
+    assert names(stopped) == ["checkpoint-00000002"]
+
+
 def test_the_message_of_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     def full(*args):
         raise SafetensorError("No space left on device")
