@@ -568,8 +568,12 @@ def test_one_bad_gradient_at_the_end_is_not_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
-    before, model, config = signal.getsignal(number), mlp(), Config(save_every=100)
+def test_a_signal_ends_the_run_after_its_step(tmp_path, number, request):
+    before = signal.getsignal(number)
+    request.addfinalizer(lambda: signal.signal(number, before))
+    before_run = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, before_run)                       # nohup pytest ignores SIGHUP
+    model, config = mlp(), Config(save_every=100)
     with pytest.raises(KeyboardInterrupt), train.Run(tmp_path, model, config, ALONE) as run:
         for step in run:
             if step == 4:
@@ -577,7 +581,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
             loss = model(torch.ones(1, 4)).sum()
             loss.backward()
             run.step(loss)
-    assert step == 4 and signal.getsignal(number) == before
+    assert step == 4 and signal.getsignal(number) == before_run
     saved = [path.name for path in checkpoints(tmp_path)]
     assert saved == ["checkpoint-00000004", "checkpoint-00000005"]      # at once, after the step
     assert fit(tmp_path, config)[1] == 5
