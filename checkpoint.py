@@ -264,9 +264,11 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, step: int, config
             manifest["checksum"] = _checksum_of(manifest)
             write_json(path / "manifest.json", manifest)
             saved = checkpoints(folder)
-            now = saved.index(path)         # later ones are of a run that was given up, or damaged
-            for old in saved[:max(now - 1, 0)] + saved[now + 1:]:
-                _remove(old)
+            # this one and the one before; later ones are of a run given up, or damaged
+            kept = saved[:saved.index(path) + 1][-2:]
+            for other in saved:
+                if other not in kept:
+                    _remove(other)
         except (OSError, UserError) as problem:
             _remove(path)
             then = "training goes on, and tries again at the next checkpoint"

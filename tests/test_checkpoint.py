@@ -471,8 +471,11 @@ def test_a_run_that_begins_again_replaces_later_checkpoints(stopped, monkeypatch
     optimizer = train.AdamW(model)
     before = names(stopped)
     assert before == ["checkpoint-00000003", "checkpoint-00000006"]
+
+    def full(*args):
+        raise OSError("No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", lambda *args: (_ for _ in ()).throw(OSError()))
+        patch.setattr(checkpoint, "write_json", full)
         checkpoint.save_checkpoint(stopped, model, optimizer, 1, Config(), ALONE)
     assert names(stopped) == before
     checkpoint.save_checkpoint(stopped, model, optimizer, 1, Config(), ALONE)

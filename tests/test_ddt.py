@@ -4,7 +4,7 @@ files, --fresh.
 
     pytest tests/test_ddt.py
 
-Takes 10 seconds on one CPU core.
+Takes 30 seconds on one CPU core.
 """
 import copy
 import itertools
